@@ -1,0 +1,205 @@
+"""A Llama decoder in Flax NNX (Touvron et al. 2023; grouped-query attention: Ainslie et al. 2023).
+
+The modules derive every size from the weights they are given. Handed a slice of the weights, with `Shards` that
+say how to sum over the other slices, the same code is one rank of Megatron's tensor parallelism
+(Shoeybi et al. 2019, section 3); handed all of them, with the default `WHOLE`, it is the plain model.
+
+Shapes: b sequences, t or s positions, D model, F feed-forward, n query heads and k key/value heads held here,
+H head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxllm.spec.model import ModelConfig
+
+# What remat=none saves of a block beside its input. Each is the output of a matmul or of a reduction over devices
+# (or, for "residual", of both), so that the backward pass recomputes only elementwise work from them.
+SAVED = ("q", "k", "v", "scores", "attention", "residual", "gate", "up")
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How a slice of the model meets the other slices: Megatron's f and g, and what a sliced vocabulary needs.
+
+    enter  where the slices part: identity forward, sum over the slices backward (Megatron's f)
+    sum    where partial results meet: sum over the slices forward, identity backward (Megatron's g)
+    max    the largest over the slices; not differentiated
+    index  which slice this is, 0 to n-1
+    """
+
+    enter: Callable[[jax.Array], jax.Array] = _same
+    sum: Callable[[jax.Array], jax.Array] = _same
+    max: Callable[[jax.Array], jax.Array] = _same
+    index: Callable[[], Any] = lambda: 0
+
+
+WHOLE = Shards()
+
+
+def keep(name: str, value: jax.Array) -> jax.Array:
+    """The default for `save`: names an activation and changes nothing."""
+    return value
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
+    """Root-mean-square norm over the last dim (Zhang and Sennrich 2019), computed in f32, returned in x's dtype."""
+    wide = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    return (wide * scale).astype(x.dtype) * weight.astype(x.dtype)
+
+
+def rotary(config: ModelConfig, length: int) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of the rotary embedding (Su et al. 2021), each (t, H/2) in f32, with Llama 3.1's scaling."""
+    frequency = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is not None:
+        wavelength = 2 * jnp.pi / frequency
+        smooth = (scaling.original_sequence / wavelength - scaling.low_frequency_factor) / (
+            scaling.high_frequency_factor - scaling.low_frequency_factor
+        )
+        # Below 0 the wavelength is long and fully stretched, above 1 it is short and left alone.
+        smooth = jnp.clip(smooth, 0.0, 1.0)
+        frequency = (1 - smooth) * frequency / scaling.factor + smooth * frequency
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Applies the rotary embedding to x (b, t, heads, H): pairs are (i, i + H/2), as in the published weights."""
+    cos, sin = (part[None, :, None, :] for part in rope)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attention_scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """q (b, t, k, g, H) against k (b, s, k, H): scaled scores (b, k, g, t, s)."""
+    return jnp.einsum("btkgh,bskh->bkgts", q, k) * q.shape[-1] ** -0.5
+
+
+def causal_softmax(scores: jax.Array) -> jax.Array:
+    """Softmax over the last dim with the future masked, computed in f32, returned in the dtype of the scores."""
+    t, s = scores.shape[-2:]
+    past = lax.broadcasted_iota(jnp.int32, (t, s), 0) >= lax.broadcasted_iota(jnp.int32, (t, s), 1)
+    return jax.nn.softmax(jnp.where(past, scores.astype(jnp.float32), -1e30), axis=-1).astype(scores.dtype)
+
+
+def lookup(table: jax.Array, tokens: jax.Array, shards: Shards = WHOLE) -> jax.Array:
+    """Rows of a table (V, D) sliced by vocabulary, for tokens (b, t): masked where the row lies elsewhere, then summed.
+
+    Megatron-LM's vocabulary-parallel embedding: one all-reduce, no one-hot matmul.
+    """
+    rows = table.shape[0]
+    local = tokens - shards.index() * rows
+    here = (local >= 0) & (local < rows)
+    return shards.sum(jnp.where(here[..., None], jnp.take(table, local, axis=0, mode="clip"), 0))
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, vocab: int, shards: Shards = WHOLE) -> jax.Array:
+    """Sum over the tokens of -log softmax(logits)[target], in f32; a target below 0 is masked out.
+
+    Logits (b, t, V) may be a slice of the vocabulary; they are never gathered. Columns from `vocab` on are padding.
+    """
+    columns = shards.index() * logits.shape[-1] + lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    logits = jnp.where(columns < vocab, logits.astype(jnp.float32), -1e30)
+    largest = shards.max(lax.stop_gradient(jnp.max(logits, axis=-1)))
+    total = shards.sum(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
+    # A comparison instead of a gather: its derivative is a select, where a gather's would be a scatter.
+    picked = shards.sum(jnp.sum(jnp.where(columns == targets[..., None], logits, 0.0), axis=-1))
+    return jnp.sum(jnp.where(targets >= 0, jnp.log(total) + largest - picked, 0.0))
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, dtype: Any, dims: tuple[str, ...]) -> nnx.Param:
+    return nnx.Param((jax.random.normal(rngs.params(), shape, jnp.float32) * scale).astype(dtype), dims=dims)
+
+
+class Block(nnx.Module):
+    """One decoder block. Each weight carries the names of its dims: sharding rules speak of those."""
+
+    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        D, F, H = config.d_model, config.d_ff, config.head_dim
+        N, K = config.heads * H, config.kv_heads * H
+        # Output projections are scaled down with depth (GPT-2), so that deep residual streams start tame.
+        narrow, deep = 0.02, 0.02 * (2 * config.layers) ** -0.5
+        self.attention_norm = nnx.Param(jnp.ones(D, dtype), dims=("model",))
+        self.q = _normal(rngs, (D, N), narrow, dtype, ("model", "heads"))
+        self.k = _normal(rngs, (D, K), narrow, dtype, ("model", "kv_heads"))
+        self.v = _normal(rngs, (D, K), narrow, dtype, ("model", "kv_heads"))
+        self.o = _normal(rngs, (N, D), deep, dtype, ("heads", "model"))
+        self.mlp_norm = nnx.Param(jnp.ones(D, dtype), dims=("model",))
+        self.gate = _normal(rngs, (D, F), narrow, dtype, ("model", "mlp"))
+        self.up = _normal(rngs, (D, F), narrow, dtype, ("model", "mlp"))
+        self.down = _normal(rngs, (F, D), deep, dtype, ("mlp", "model"))
+        self.head_dim, self.group, self.epsilon = H, config.heads // config.kv_heads, config.norm_epsilon
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        shards: Shards = WHOLE,
+        save: Callable[[str, jax.Array], jax.Array] = keep,
+    ) -> jax.Array:
+        """x (b, t, D) -> (b, t, D). `save(name, value)` sees each activation named in SAVED and returns it."""
+        weight = lambda param: param[...].astype(x.dtype)  # noqa: E731
+        b, t, _ = x.shape
+        heads = lambda y: y.reshape(b, t, -1, self.head_dim)  # noqa: E731
+
+        h = shards.enter(rms_norm(x, self.attention_norm[...], self.epsilon))
+        q = rotate(heads(save("q", h @ weight(self.q))), rope)
+        k = rotate(heads(save("k", h @ self._own_kv(weight(self.k), q.shape[2], shards))), rope)
+        v = heads(save("v", h @ self._own_kv(weight(self.v), q.shape[2], shards)))
+        scores = save("scores", attention_scores(q.reshape(b, t, k.shape[2], -1, self.head_dim), k))
+        mixed = jnp.einsum("bkgts,bskh->btkgh", causal_softmax(scores), v).reshape(b, t, -1)
+        x = save("residual", x + shards.sum(save("attention", mixed) @ weight(self.o)))
+
+        h = shards.enter(rms_norm(x, self.mlp_norm[...], self.epsilon))
+        hidden = jax.nn.silu(save("gate", h @ weight(self.gate))) * save("up", h @ weight(self.up))
+        return x + shards.sum(hidden @ weight(self.down))
+
+    def _own_kv(self, weight: jax.Array, query_heads: int, shards: Shards) -> jax.Array:
+        """The key or value columns (D, k*H) that the query heads held here attend with.
+
+        With fewer key/value heads than slices every slice holds them all, and takes the one that it shares.
+        """
+        needed = max(1, query_heads // self.group) * self.head_dim
+        if weight.shape[1] == needed:
+            return weight
+        first = shards.index() * query_heads // self.group * self.head_dim
+        return lax.dynamic_slice_in_dim(weight, first, needed, axis=1)
+
+
+class Llama(nnx.Module):
+    """Embedding, stacked blocks, final norm and head (none when the embedding is tied).
+
+    `vocab` is the number of rows and columns held for the vocabulary: more than config.vocab when it is padded.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, vocab: int | None = None, rngs: nnx.Rngs):
+        V, D = vocab or config.vocab, config.d_model
+        self.config = config
+        self.embed = _normal(rngs, (V, D), 0.02, dtype, ("vocab", "model"))
+        block = lambda key: Block(config, dtype=dtype, rngs=nnx.Rngs(key))  # noqa: E731
+        self.layers = jax.vmap(block)(jax.random.split(rngs.params(), config.layers))
+        self.final_norm = nnx.Param(jnp.ones(D, dtype), dims=("model",))
+        if not config.tied:
+            self.head = _normal(rngs, (D, V), 0.02, dtype, ("model", "vocab"))
+
+    def __call__(self, tokens: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+        """tokens (b, t) int -> logits (b, t, V) in `dtype`, the dtype of the activations."""
+        rope = rotary(self.config, tokens.shape[1])
+        x = lookup(self.embed[...].astype(dtype), tokens)
+        x, _ = lax.scan(lambda x, block: (block(x, rope), None), x, self.layers)
+        head = self.embed[...].T if self.config.tied else self.head[...]
+        return rms_norm(x, self.final_norm[...], self.config.norm_epsilon) @ head.astype(dtype)

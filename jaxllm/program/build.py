@@ -1,0 +1,202 @@
+"""build: from the nouns to a jitted step and abstract arguments, ready to be lowered for any target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.program import optimizer
+from jaxllm.program.gradient import BATCH, gradients
+from jaxllm.program.sharding import DTYPES, held_specs, is_placement, padded_vocab, place, state_specs
+from jaxllm.spec.errors import SpecError
+from jaxllm.spec.layout import Layout
+from jaxllm.spec.model import ModelConfig
+from jaxllm.spec.workload import Workload
+
+Tree = Any
+
+
+def device_mesh(layout: Layout, devices: Sequence[Any]) -> Mesh:
+    """The mesh of the layout over the devices, axes of degree 1 left out, the innermost over neighbours.
+
+    Raises SpecError when the degrees do not multiply to the number of devices.
+    """
+    if layout.devices != len(devices):
+        raise SpecError(f"layout {layout} needs {layout.devices} devices, and the mesh has {len(devices)}.")
+    degrees = {axis: degree for axis, degree in layout.degrees.items() if degree > 1} or {"data": 1}
+    grid = np.asarray(devices, dtype=object).reshape(tuple(degrees.values()))
+    return Mesh(grid, tuple(degrees), axis_types=(AxisType.Explicit,) * len(degrees))
+
+
+def on_mesh(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """The spec without the axes that the mesh lacks."""
+
+    def dim(entry: Any) -> Any:
+        axes = tuple(axis for axis in ((entry,) if isinstance(entry, str) else entry or ()) if axis in mesh.axis_names)
+        return axes[0] if len(axes) == 1 else axes or None
+
+    return PartitionSpec(*(dim(entry) for entry in spec))
+
+
+@dataclass(frozen=True)
+class Built:
+    """A training step over a mesh.
+
+    step       jitted (parameters, optimizer, batch) -> (parameters, optimizer, metrics); state is donated
+    gradients  jitted (parameters, batch) -> (loss, gradients as the optimizer receives them), not clipped
+    arguments  abstract parameters, optimizer and batch, with their shardings
+    places     how each parameter is sliced
+    """
+
+    model: ModelConfig
+    layout: Layout
+    workload: Workload
+    mesh: Mesh
+    places: Tree
+    arguments: tuple[Tree, Tree, Tree]
+    learning_rate: float
+
+    @property
+    def vocab_padded(self) -> int:
+        return padded_vocab(self.model, self.layout)
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Degrees of the axes in the mesh, outermost first."""
+        return dict(self.mesh.shape)
+
+    @cached_property
+    def _specs(self) -> tuple[Tree, Tree]:
+        """Specs on this mesh of held parameters and of optimizer state."""
+        trim = partial(jax.tree.map, partial(on_mesh, mesh=self.mesh))
+        return trim(held_specs(self.places, self.layout)), trim(state_specs(self.places, self.layout))
+
+    def _gradients(self, parameters: Tree, batch: Tree) -> tuple[jax.Array, Tree, jax.Array]:
+        held, sliced = self._specs
+        body = partial(
+            gradients, config=self.model, layout=self.layout, workload=self.workload, places=self.places
+        )
+        rows = on_mesh(PartitionSpec(None, BATCH, None), self.mesh)
+        return jax.shard_map(
+            body,
+            mesh=self.mesh,
+            in_specs=(held, {"tokens": rows, "targets": rows}),
+            out_specs=(PartitionSpec(), sliced, PartitionSpec()),
+            check_vma=True,
+        )(parameters, batch)
+
+    @cached_property
+    def step(self) -> Any:
+        held, sliced = self._specs
+
+        def step(parameters: Tree, optimizer_state: Tree, batch: Tree) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+            loss, grads, norm = self._gradients(parameters, batch)
+            with jax.named_scope("update"):
+                parameters, optimizer_state = optimizer.update(
+                    parameters,
+                    optimizer_state,
+                    grads,
+                    norm,
+                    workload=self.workload,
+                    held=held,
+                    sliced=sliced,
+                    learning_rate=self.learning_rate,
+                )
+            return parameters, optimizer_state, {"loss": loss, "gradient_norm": norm}
+
+        # Named as the ledger's lines: XLA calls its arguments by these names. An argument that is not used still counts.
+        def train_step(parameters: Tree, optimizer: Tree, batch: Tree) -> Any:
+            return step(parameters, optimizer, batch)
+
+        shardings = (*(self._shardings(tree) for tree in self.arguments[:2]), None)
+        return jax.jit(train_step, donate_argnums=(0, 1), keep_unused=True, out_shardings=shardings)
+
+    @cached_property
+    def gradients(self) -> Any:
+        return jax.jit(lambda parameters, batch: self._gradients(parameters, batch)[:2])
+
+    def init_optimizer(self, parameters: Tree) -> Tree:
+        """The optimizer's state for real parameters on the mesh."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(
+                lambda parameters: optimizer.init(parameters, self.workload, self.learning_rate),
+                out_shardings=self._shardings(self.arguments[1]),
+            )(parameters)
+
+    def lower(self) -> Any:
+        """The step, traced and lowered for the platform of its mesh."""
+        with jax.set_mesh(self.mesh):
+            return self.step.trace(*self.arguments).lower(lowering_platforms=(self.mesh.devices.flat[0].platform,))
+
+    @staticmethod
+    def _shardings(tree: Tree) -> Tree:
+        return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+    @property
+    def logical_bytes(self) -> dict[str, int]:
+        """Bytes per device of each argument, by XLA's name for it, without the padding of the vocabulary."""
+        scale = {
+            path: (np.prod(place.logical_shape) / np.prod(place.shape))
+            for path, place in jax.tree_util.tree_leaves_with_path(self.places, is_leaf=is_placement)
+        }
+        sizes: dict[str, int] = {}
+        for name, tree in zip(("parameters", "optimizer", "batch"), self.arguments, strict=True):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                local = leaf.sharding.shard_shape(leaf.shape)
+                # Optimizer leaves end in the path of their parameter.
+                part = next((share for tail, share in scale.items() if path[-len(tail) :] == tail), 1.0)
+                size = int(np.prod(local)) * leaf.dtype.itemsize
+                sizes[name + jax.tree_util.keystr(path)] = round(size * part)
+        return sizes
+
+
+def build(
+    model: ModelConfig,
+    layout: Layout,
+    workload: Workload,
+    devices: Sequence[Any],
+    *,
+    learning_rate: float = optimizer.LEARNING_RATE,
+) -> Built:
+    """A training step for the model over these devices, which may be descriptions of devices that are not there.
+
+    Raises SpecError when the degrees are not the mesh, or the batch leaves no whole sequence.
+    """
+    mesh = device_mesh(layout, devices)
+    places = place(model, layout)
+    sequences = workload.sequences_per_device(layout) * layout.replica * layout.data
+    dtype = DTYPES[workload.dtypes.parameters]
+
+    def abstract(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, on_mesh(spec, mesh)))
+
+    with jax.set_mesh(mesh):
+        parameters, sliced = (
+            jax.tree.map(
+                lambda place, spec: abstract(place.shape, dtype, spec), places, specs(places, layout), is_leaf=is_placement
+            )
+            for specs in (held_specs, state_specs)
+        )
+        state = jax.eval_shape(lambda tree: optimizer.init(tree, workload, learning_rate), sliced)
+    # eval_shape keeps the spec of each array in its type; as an argument it needs the mesh too.
+    state = jax.tree.map(
+        lambda leaf: abstract(leaf.shape, leaf.dtype, leaf.sharding.spec if leaf.sharding else PartitionSpec()), state
+    )
+    rows = PartitionSpec(None, BATCH, None)
+    tokens = abstract((layout.microbatches, sequences, workload.sequence), jnp.int32, rows)
+    return Built(
+        model=model,
+        layout=layout,
+        workload=workload,
+        mesh=mesh,
+        places=places,
+        arguments=(parameters, state, {"tokens": tokens, "targets": tokens}),
+        learning_rate=learning_rate,
+    )

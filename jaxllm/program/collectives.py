@@ -1,0 +1,49 @@
+"""The collectives of the step, over named mesh axes. An axis that is not in the mesh (degree 1) costs nothing.
+
+Inside `jax.shard_map` with `check_vma=True` each value has a type that says over which axes it varies. The transpose
+of `vary` is a sum and the transpose of `total` is `vary`: Megatron's conjugate pair f and g, kept by the type system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from jax import lax
+
+
+def present(axes: Iterable[str]) -> tuple[str, ...]:
+    """Those of the axes that the mesh of the surrounding shard_map has, in the order of the mesh."""
+    wanted = set(axes)
+    return tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in wanted)
+
+
+def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """x, seen as varying over the axes; free forward, a sum over them backward."""
+    return lax.pcast(x, names, to="varying") if (names := present(axes)) else x
+
+
+def total(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """All-reduce: the sum of x over the axes."""
+    return lax.psum(x, names) if (names := present(axes)) else x
+
+
+def largest(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """All-reduce: the maximum of x over the axes."""
+    return lax.pmax(x, names) if (names := present(axes)) else x
+
+
+def gathered(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """All-gather: the slices of x along `dim`, put together."""
+    return lax.all_gather(x, names, axis=dim, tiled=True) if (names := present((axis,))) else x
+
+
+def scattered_total(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Reduce-scatter: this device's slice along `dim` of the sum of x over the axis."""
+    return lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True) if (names := present((axis,))) else x
+
+
+def index(axis: str) -> Any:
+    """Position of this device along the axis."""
+    return lax.axis_index(axis) if present((axis,)) else 0

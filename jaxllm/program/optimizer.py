@@ -1,0 +1,57 @@
+"""AdamW (Loshchilov and Hutter 2019) from optax, under the precisions and ZeRO stages.
+
+Runs in explicit-sharding mode: arrays are global and their types carry their specs, so that `jax.reshard` is the whole
+of ZeRO's update: a slice of the parameters in, an all-gather out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxllm.spec.workload import Workload
+
+Tree = Any
+
+CLIP_NORM = 1.0
+LEARNING_RATE = 3e-4
+
+
+def transformation(learning_rate: float) -> optax.GradientTransformation:
+    """AdamW with the betas and the decay of the Llama papers (Touvron et al. 2023, section 2.3)."""
+    return optax.adamw(learning_rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+
+
+def init(parameters: Tree, workload: Workload, learning_rate: float) -> Tree:
+    """Optimizer state for parameters that are sliced as the state is: m and v in f32, the count, perhaps a master."""
+    wide = jax.tree.map(lambda parameter: parameter.astype(jnp.float32), parameters)
+    state = {"adamw": transformation(learning_rate).init(wide)}
+    return state | {"master": wide} if workload.dtypes.master else state
+
+
+def update(
+    parameters: Tree,
+    state: Tree,
+    gradients: Tree,
+    norm: jax.Array,
+    *,
+    workload: Workload,
+    held: Tree,
+    sliced: Tree,
+    learning_rate: float,
+) -> tuple[Tree, Tree]:
+    """One clipped AdamW update. `held` and `sliced` are the specs of parameters between steps and of the state."""
+    # optax.clip_by_global_norm, with the norm that the gradient's shard_map already summed over the mesh.
+    clip = jnp.minimum(1.0, CLIP_NORM / jnp.maximum(norm, 1e-30))
+    gradients = jax.tree.map(lambda gradient: gradient.astype(jnp.float32) * clip, gradients)
+    current = state.get("master") or jax.tree.map(jax.reshard, parameters, sliced)
+    updates, adamw = transformation(learning_rate).update(gradients, state["adamw"], current)
+    current = optax.apply_updates(current, updates)
+    # Cast before the gather, so that what is sent is what is held.
+    new = jax.tree.map(
+        lambda parameter, value, spec: jax.reshard(value.astype(parameter.dtype), spec), parameters, current, held
+    )
+    return new, {"adamw": adamw} | ({"master": current} if workload.dtypes.master else {})

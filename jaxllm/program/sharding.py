@@ -1,0 +1,109 @@
+"""Where each parameter lies: the tensor axis by the names of its dims, ZeRO's axis by what divides.
+
+The three trees of specs that follow from it (between steps, in the optimizer, in the gradient accumulator) are
+the columns of the ZeRO table in docs/step.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from jaxllm.model import Llama
+from jaxllm.spec.layout import Layout
+from jaxllm.spec.model import ModelConfig
+
+# Logical dims that Megatron's tensor parallelism slices; every other dim stays whole.
+TENSOR_DIMS = ("heads", "kv_heads", "mlp", "vocab")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one parameter is sliced. Dims count from the first dim of the array, the layer dim included."""
+
+    shape: tuple[int, ...]  # as held by all devices together, vocabulary padding included
+    logical_shape: tuple[int, ...]  # without padding
+    stacked: bool  # the first dim runs over layers
+    tensor_dim: int | None
+    zero_dim: int | None  # the dim that ZeRO slices; None when no dim divides, or when there is nothing to slice over
+    shared: bool  # held whole by every tensor rank, yet each adds to its gradient: replicated key/value weights
+
+    def spec(self, *, sliced: bool) -> PartitionSpec:
+        """Its PartitionSpec, over tensor alone or over ZeRO's axis too."""
+        axes: list[tuple[str, ...]] = [() for _ in self.shape]
+        if self.tensor_dim is not None:
+            axes[self.tensor_dim] += ("tensor",)
+        if sliced and self.zero_dim is not None:
+            axes[self.zero_dim] += ("data",)
+        return PartitionSpec(*(dim[0] if len(dim) == 1 else dim or None for dim in axes))
+
+
+def padded_vocab(config: ModelConfig, layout: Layout) -> int:
+    """The vocabulary, rounded up to a multiple of the tensor degree."""
+    return -(-config.vocab // layout.tensor) * layout.tensor
+
+
+def place(config: ModelConfig, layout: Layout) -> dict[str, Any]:
+    """A Placement for each parameter, in the model's own tree."""
+    logical = _abstract(config, config.vocab)
+    padded = _abstract(config, padded_vocab(config, layout))
+    return jax.tree.map(
+        lambda param, held: _placement(param, held.get_value().shape, config, layout),
+        logical,
+        padded,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )
+
+
+def _abstract(config: ModelConfig, vocab: int) -> dict[str, Any]:
+    model = nnx.eval_shape(lambda: Llama(config, vocab=vocab, rngs=nnx.Rngs(0)))
+    return _plain(nnx.state(model, nnx.Param))
+
+
+def _plain(state: Any) -> Any:
+    """Nested plain dicts with the variables, and so the names of their dims, left in."""
+    return {key: value if isinstance(value, nnx.Variable) else _plain(value) for key, value in state.items()}
+
+
+def _placement(param: nnx.Variable, shape: tuple[int, ...], config: ModelConfig, layout: Layout) -> Placement:
+    dims = param.get_metadata()["dims"]
+    first = len(shape) - len(dims)  # 1 when stacked along layers
+    sliced = [i + first for i, name in enumerate(dims) if name in TENSOR_DIMS]
+    shared = "kv_heads" in dims and config.kv_heads % layout.tensor != 0
+    tensor_dim = sliced[0] if sliced and layout.tensor > 1 and not shared else None
+    zero_dim = None
+    if layout.data > 1:
+        # The model dim first; then whichever else divides. A layer is gathered alone, so its dim stays whole.
+        for dim in sorted(range(first, len(shape)), key=lambda dim: dims[dim - first] != "model"):
+            size = shape[dim] // (layout.tensor if dim == tensor_dim else 1)
+            if size % layout.data == 0:
+                zero_dim = dim
+                break
+    logical = tuple(param.get_value().shape)
+    return Placement(tuple(shape), logical, first == 1, tensor_dim, zero_dim, shared and layout.tensor > 1)
+
+
+def held_specs(places: Any, layout: Layout) -> Any:
+    """Parameters between steps: sliced over data from ZeRO 3 on."""
+    return _specs(places, sliced=layout.zero >= 3)
+
+
+def state_specs(places: Any, layout: Layout) -> Any:
+    """Optimizer state, and reduced gradients: sliced over data from ZeRO 1 on."""
+    return _specs(places, sliced=layout.zero >= 1)
+
+
+def _specs(places: Any, *, sliced: bool) -> Any:
+    return jax.tree.map(lambda place: place.spec(sliced=sliced), places, is_leaf=is_placement)
+
+
+def is_placement(node: Any) -> bool:
+    return isinstance(node, Placement)
+
+
+DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "s32": jnp.int32}

@@ -1,0 +1,87 @@
+"""Layout: how a training step is split over a device mesh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from jaxllm.spec.errors import SpecError, nearest
+
+# Outermost to innermost: the innermost axis takes neighbouring devices.
+AXES = ("replica", "data", "tensor")
+
+REMAT = ("none", "full", "jax")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of the mesh axes, and how state and activations are kept.
+
+    replica       copies of everything; gradients are all-reduced over it (hybrid sharding)
+    data          data-parallel degree; ZeRO shards over this axis
+    tensor        Megatron tensor-parallel degree, over heads, feed-forward and vocabulary
+    zero          ZeRO stage 0 to 3 (Rajbhandari et al. 2020, section 5)
+    remat         none: a declared list of named activations is saved; full: only each block's input;
+                  jax: whatever plain autodiff saves, measured and not predicted
+    microbatches  how many parts the batch is cut into; gradients are accumulated over them
+    """
+
+    replica: int = 1
+    data: int = 1
+    tensor: int = 1
+    zero: int = 0
+    remat: str = "none"
+    microbatches: int = 1
+
+    def __post_init__(self) -> None:
+        for name in (*AXES, "microbatches"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise SpecError(f"layout: {name}={value} is not a whole number of 1 or more; leave it out for 1.")
+        if self.zero not in (0, 1, 2, 3) or isinstance(self.zero, bool):
+            raise SpecError(f"layout: zero={self.zero} is not a ZeRO stage; choose 0, 1, 2 or 3.")
+        if self.remat not in REMAT:
+            raise SpecError(f"layout: remat={self.remat!r} is unknown; {nearest(str(self.remat), REMAT)}")
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """Reads `data=8,tensor=4,zero=3,remat=full`. Raises SpecError on anything else."""
+        known = {field.name: field for field in fields(cls)}
+        values: dict[str, int | str] = {}
+        for item in text.split(",") if text.strip() else ():
+            key, equals, value = (part.strip() for part in item.partition("="))
+            if not key or not equals or not value:
+                raise SpecError(f"layout: {item.strip()!r} in {text!r} is not key=value, as in data=8,tensor=4,zero=3.")
+            if key not in known:
+                raise SpecError(f"layout: unknown key {key!r}; {nearest(key, known)}")
+            if key in values:
+                raise SpecError(f"layout: {key!r} is given twice in {text!r}; keep one of them.")
+            if known[key].type == "int":
+                # isdecimal also takes digits of other scripts, which int() reads too: insist on ASCII
+                if not (value.isascii() and value.isdecimal()) or len(value) > 9:
+                    raise SpecError(f"layout: {key}={value} is not a whole number below 10^9; write it like {key}=4.")
+                values[key] = int(value)
+            else:
+                values[key] = value
+        return cls(**values)  # type: ignore[arg-type]
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Degree of each mesh axis, outermost first."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def devices(self) -> int:
+        """Devices the layout needs: the product of its degrees."""
+        product = 1
+        for degree in self.degrees.values():
+            product *= degree
+        return product
+
+    def __str__(self) -> str:
+        plain = Layout()
+        parts = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(plain, field.name)
+        ]
+        return ",".join(parts) or "data=1"
