@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -133,7 +134,7 @@ class Built:
     def lower(self) -> Any:
         """The step, traced and lowered for the platform of its mesh."""
         with jax.set_mesh(self.mesh):
-            return self.step.trace(*self.arguments).lower(lowering_platforms=(self.mesh.devices.flat[0].platform,))
+            return self.step.lower(*self.arguments)
 
     @staticmethod
     def _shardings(tree: Tree) -> Tree:
@@ -142,18 +143,16 @@ class Built:
     @property
     def logical_bytes(self) -> dict[str, int]:
         """Bytes per device of each argument, by XLA's name for it, without the padding of the vocabulary."""
-        scale = {
-            path: (np.prod(place.logical_shape) / np.prod(place.shape))
-            for path, place in jax.tree_util.tree_leaves_with_path(self.places, is_leaf=is_placement)
-        }
+        places = jax.tree_util.tree_leaves_with_path(self.places, is_leaf=is_placement)
         sizes: dict[str, int] = {}
         for name, tree in zip(("parameters", "optimizer", "batch"), self.arguments, strict=True):
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                local = leaf.sharding.shard_shape(leaf.shape)
-                # Optimizer leaves end in the path of their parameter.
-                part = next((share for tail, share in scale.items() if path[-len(tail) :] == tail), 1.0)
-                size = int(np.prod(local)) * leaf.dtype.itemsize
-                sizes[name + jax.tree_util.keystr(path)] = round(size * part)
+                size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                # A leaf of the optimizer's state ends in the path of its parameter.
+                for tail, place in places:
+                    if path[-len(tail) :] == tail:
+                        size = size * math.prod(place.logical_shape) // math.prod(place.shape)
+                sizes[name + jax.tree_util.keystr(path)] = size
         return sizes
 
 

@@ -79,6 +79,10 @@ def gradients(
     (accumulator, loss), _ = lax.scan(
         one_microbatch, (start, mesh.vary(jnp.float32(0.0), BATCH)), (batch["tokens"], batch["targets"])
     )
+    with jax.named_scope("gradients"):
+        # What is alive after the backward pass, by name: the ledger's line is read off these fences. One a leaf,
+        # because a fence around all would give every leaf the axes of the most varying one.
+        accumulator = jax.tree.map(lax.optimization_barrier, accumulator)
     with jax.named_scope("backward"):
         reduced = jax.tree.map(partial(_reduce_once, layout=layout), accumulator, places)
     with jax.named_scope("forward"):

@@ -1,0 +1,103 @@
+"""The train step written without any sharding: what every layout has to reproduce.
+
+It shares no code with jaxllm.model or the step: a bug there cannot hide here. One device, f32, the whole batch at once,
+no scan, no remat, gradients by plain autodiff, the optimizer by optax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxllm.spec.model import ModelConfig
+
+Tree = dict[str, Any]
+
+
+def _norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
+    return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + epsilon) * weight
+
+
+def _angles(config: ModelConfig, sequence: int) -> np.ndarray:
+    """(T, H/2) radians; the low frequencies stretched by the rule of the Llama 3.1 release."""
+    frequency = float(config.rope_theta) ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    if (scaling := config.rope_scaling) is not None:
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        turns = scaling.original_sequence * frequency / (2 * np.pi)
+        keep = np.clip((turns - low) / (high - low), 0, 1)
+        frequency = frequency * (keep + (1 - keep) / scaling.factor)
+    return np.outer(np.arange(sequence), frequency)
+
+
+def _rotate(x: jax.Array, angles: np.ndarray) -> jax.Array:
+    """x (B, T, heads, H) seen as H/2 complex numbers, real parts in the first half, each turned by its angle."""
+    cos, sin = (f(angles)[:, None, :].astype(np.float32) for f in (np.cos, np.sin))
+    real, imaginary = jnp.split(x, 2, -1)
+    return jnp.concatenate([real * cos - imaginary * sin, real * sin + imaginary * cos], -1)
+
+
+def forward(config: ModelConfig, parameters: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+    """tokens (B, T) -> logits (B, T, V) in f32."""
+    batch, sequence = tokens.shape
+    angles = _angles(config, sequence)
+    x = parameters["embed"][tokens]  # (B, T, D)
+    for i in range(config.layers):
+        w = {name: stacked[i] for name, stacked in parameters["layers"].items()}
+        h = _norm(x, w["attention_norm"], config.norm_epsilon)
+        q, k, v = ((h @ w[name]).reshape(batch, sequence, -1, config.head_dim) for name in "qkv")
+        k, v = (jnp.repeat(y, config.heads // config.kv_heads, 2) for y in (_rotate(k, angles), v))
+        scores = jnp.einsum("btnh,bsnh->bnts", _rotate(q, angles), k) / np.sqrt(config.head_dim).astype(np.float32)
+        scores = jnp.where(np.tril(np.ones((sequence, sequence), bool)), scores, -jnp.inf)
+        heads = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, -1), v)
+        x = x + heads.reshape(batch, sequence, -1) @ w["o"]
+        h = _norm(x, w["mlp_norm"], config.norm_epsilon)
+        x = x + (jax.nn.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"]
+    x = _norm(x, parameters["final_norm"], config.norm_epsilon)
+    return x @ (parameters["embed"].T if config.tied else parameters["head"])
+
+
+def loss(config: ModelConfig, parameters: Mapping[str, Any], tokens: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy in nats, the mean over the targets (B, T) that are not negative."""
+    logs = jax.nn.log_softmax(forward(config, parameters, tokens))
+    chosen = jnp.take_along_axis(logs, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+    mask = targets >= 0
+    return -jnp.sum(jnp.where(mask, chosen, 0)) / jnp.sum(mask)
+
+
+def reference_steps(
+    config: ModelConfig,
+    parameters: Tree,
+    moments: tuple[Tree, Tree],
+    batches: Sequence[Mapping[str, np.ndarray]],
+    *,
+    learning_rate: float,
+) -> list[tuple[float, Tree, Tree]]:
+    """One train step a batch: (loss, gradients before clipping, parameters after the step), as NumPy f32.
+
+    parameters, and AdamW's first and second moments to start from, are full and unpadded, in f32; a batch holds
+    `tokens` and `targets`, int32 (B, T).
+    """
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+    )
+
+    @jax.jit
+    def step(parameters: Tree, state: Any, tokens: jax.Array, targets: jax.Array) -> Any:
+        value, gradients = jax.value_and_grad(lambda p: loss(config, p, tokens, targets))(parameters)
+        updates, state = optimizer.update(gradients, state, parameters)
+        return value, gradients, optax.apply_updates(parameters, updates), state
+
+    # "highest": a GPU or TPU would otherwise multiply f32 matrices in a shorter format.
+    with jax.default_matmul_precision("highest"):
+        parameters, m, v = jax.device_put((parameters, *moments), jax.local_devices()[0])
+        state = optax.tree.set(optimizer.init(parameters), mu=m, nu=v)
+        steps = []
+        for batch in batches:
+            value, gradients, parameters, state = step(parameters, state, batch["tokens"], batch["targets"])
+            steps.append((float(value), jax.tree.map(np.asarray, gradients), jax.tree.map(np.asarray, parameters)))
+    return steps

@@ -1,0 +1,173 @@
+"""run: takes real steps with a compiled program and holds every shard against the unsharded reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxllm.program.build import Built
+from jaxllm.program.reference import Tree, reference_steps
+from jaxllm.spec.model import ModelConfig
+
+# What `build` should be given when the program is to be run: at the rates of real training three steps move a
+# parameter by so little that its own f32 rounding, 6e-8 of it, is more than TOLERANCE of the move.
+LEARNING_RATE = 3e-2
+
+# Largest max|a - b| / max|b| of a tensor, by the dtype of the matmuls. f32 is the contract (docs/design.md, truth).
+# bf16 rounds to 2^-9 at each of some ten operations a block, and the reference does not: measured on the layouts of
+# the tests, the worst tensor is 0.01 to 0.05 apart, and the mildest mutation moves one by more than 0.3.
+TOLERANCE = {"f32": 1e-5, "bf16": 0.1}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Losses in nats, and by `kind/parameter` the largest relative error of each tensor over all devices' shards.
+
+    Kinds: `loss/1` and `gradient_norm/1` of each step, `gradient` at the first step, before clipping, and `change`,
+    the parameters after the last step less those before the first; with a bf16 parameter beside an f32 master copy,
+    `change` is the master's, and `parameters` are those held after the last step.
+    """
+
+    steps: int
+    losses: tuple[float, ...]
+    reference_losses: tuple[float, ...]
+    errors: dict[str, float]
+    tolerance: float
+
+    @property
+    def max_relative_error(self) -> float:
+        """Of the worst tensor; NaN when anything was not a number."""
+        return float(np.max(list(self.errors.values())))
+
+    @property
+    def agrees(self) -> bool:
+        return self.max_relative_error <= self.tolerance  # False for NaN
+
+
+def run(built: Built, compiled: Callable[..., Any], *, steps: int = 3, seed: int = 0) -> RunResult:
+    """Takes `steps` steps with `compiled`, the executable of built.step, on the devices of built.mesh.
+
+    Parameters, optimizer state and batches are random, made on the host from the seed. `built.gradients` is compiled
+    too, for the program itself returns no gradients. Raises whatever the program raises.
+    """
+    rng = np.random.default_rng(seed)
+    abstract, _, rows = built.arguments
+    start = jax.tree.map(
+        # The reference starts from what the mesh holds, rounded to its dtype.
+        lambda host, leaf: host.astype(leaf.dtype).astype(np.float32), random_parameters(built.model, rng), abstract
+    )
+    moments = random_moments(start, rng)
+    batches = [random_batch(built.model, built.workload.batch, built.workload.sequence, rng) for _ in range(steps)]
+    reference = reference_steps(built.model, start, moments, batches, learning_rate=built.learning_rate)
+
+    with jax.set_mesh(built.mesh):
+        parameters = _to_mesh(start, abstract)
+        on_mesh = [_to_mesh({name: b.reshape(rows[name].shape) for name, b in batch.items()}, rows) for batch in batches]
+        _, gradients = built.gradients(parameters, on_mesh[0])
+        state = built.init_optimizer(parameters)
+        for name, moment in zip(("mu", "nu"), moments, strict=True):
+            state = optax.tree.set(state, **{name: _to_mesh(moment, optax.tree.get(state, name))})
+        metrics = []
+        for batch in on_mesh:
+            parameters, state, metric = compiled(parameters, state, batch)
+            metrics.append({name: float(value) for name, value in metric.items()})
+
+    errors: dict[str, float] = {}
+    for i, (metric, (loss, grads, _)) in enumerate(zip(metrics, reference, strict=True), 1):
+        norm = np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(grads)))
+        errors[f"loss/{i}"] = abs(metric["loss"] - loss) / loss
+        errors[f"gradient_norm/{i}"] = abs(metric["gradient_norm"] - norm) / norm
+    _, first_gradients, _ = reference[0]
+    _, _, last = reference[-1]
+    change = jax.tree.map(np.subtract, last, start)
+    errors |= _errors("gradient", gradients, first_gradients)
+    errors |= _errors("change", state.get("master", parameters), change, start)
+    if "master" in state:
+        errors |= _errors("parameters", parameters, last)
+    return RunResult(
+        steps=steps,
+        losses=tuple(metric["loss"] for metric in metrics),
+        reference_losses=tuple(loss for loss, _, _ in reference),
+        errors=errors,
+        tolerance=TOLERANCE[built.workload.dtypes.compute],
+    )
+
+
+def random_parameters(config: ModelConfig, rng: np.random.Generator) -> Tree:
+    """Full parameters without padding, f32: matrices normal, scaled by their inputs; norm weights near 1, none equal."""
+    L, D, F, V = config.layers, config.d_model, config.d_ff, config.vocab
+    N, K = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    normal = rng.standard_normal
+
+    def matrix(*shape: int) -> np.ndarray:
+        return (normal(shape) * shape[-2] ** -0.5).astype(np.float32)
+
+    def norm(*shape: int) -> np.ndarray:
+        return (1 + 0.1 * normal(shape)).astype(np.float32)
+
+    layers = {
+        "attention_norm": norm(L, D), "q": matrix(L, D, N), "k": matrix(L, D, K), "v": matrix(L, D, K),
+        "o": matrix(L, N, D), "mlp_norm": norm(L, D), "gate": matrix(L, D, F), "up": matrix(L, D, F),
+        "down": matrix(L, F, D),
+    }  # fmt: skip
+    # A tied embedding is a head too: at D**-0.5 its logits are of order 1.
+    embed = (normal((V, D)) * D**-0.5).astype(np.float32)
+    tree = {"embed": embed, "layers": layers, "final_norm": norm(D)}
+    return tree if config.tied else tree | {"head": matrix(D, V)}
+
+
+def random_moments(parameters: Tree, rng: np.random.Generator) -> tuple[Tree, Tree]:
+    """AdamW's m and v as if training were under way, at the scale of gradients of norm 1.
+
+    From v = 0 the first update is the sign of the gradient: where that is near 0, f32 rounding decides the sign, and no
+    two programs agree. A v of its usual size makes each update a smooth function of the gradient. Random moments
+    also show a slice of the optimizer's state that went to the wrong device.
+    """
+    scale = sum(leaf.size for leaf in jax.tree.leaves(parameters)) ** -0.5
+    m = jax.tree.map(lambda leaf: (0.1 * scale * rng.standard_normal(leaf.shape)).astype(np.float32), parameters)
+    v = jax.tree.map(lambda leaf: (0.2 * scale**2 * rng.uniform(0.5, 1.5, leaf.shape)).astype(np.float32), parameters)
+    return m, v
+
+
+def random_batch(config: ModelConfig, batch: int, sequence: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """tokens and targets, int32 (B, T). Each sequence keeps another number of targets, the first none (if B > 1).
+
+    So devices and microbatches hold unequal numbers of targets: a mean of their means is not the mean.
+    """
+    tokens, targets = rng.integers(0, config.vocab, (2, batch, sequence), dtype=np.int32)
+    kept = rng.integers(1, sequence + 1, batch)
+    kept[: batch - 1][:1] = 0
+    order = rng.permuted(np.tile(np.arange(sequence), (batch, 1)), axis=1)
+    return {"tokens": tokens, "targets": np.where(order < kept[:, None], targets, np.int32(-1))}
+
+
+def _to_mesh(tree: Tree, like: Tree) -> Tree:
+    """Host arrays, padded with zeros, in the shapes, dtypes and shardings of the leaves of `like`."""
+    return jax.tree.map(lambda x, leaf: jax.device_put(_padded(x, leaf.shape).astype(leaf.dtype), leaf.sharding), tree, like)
+
+
+def _padded(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return np.pad(x, [(0, held - size) for held, size in zip(shape, x.shape, strict=True)])
+
+
+def _errors(kind: str, tree: Tree, expected: Tree, start: Tree | None = None) -> dict[str, float]:
+    """max|a - b| / max|b| of each tensor a, less its `start`, over the shards of all devices, replicas included."""
+    errors = {}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    starts = jax.tree.leaves(start) if start is not None else [np.float32(0)] * len(leaves)
+    for (path, a), b, zero in zip(leaves, jax.tree.leaves(expected), starts, strict=True):
+        b, zero = _padded(b, a.shape), _padded(zero, a.shape) if np.ndim(zero) else np.broadcast_to(zero, a.shape)
+        worst = [
+            np.max(np.abs(np.asarray(shard.data).astype(np.float32) - zero[shard.index] - b[shard.index]))
+            for shard in a.addressable_shards
+        ]
+        # np.max, as max() would drop a NaN
+        errors[f"{kind}/{jax.tree_util.keystr(path, simple=True, separator='.')}"] = float(
+            np.max(worst) / np.max(np.abs(b))
+        )
+    return errors

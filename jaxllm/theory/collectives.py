@@ -1,0 +1,166 @@
+"""What a device sends: each collective of a step by axes and phase, payload and ring wire bytes.
+
+Payload is the output of an all-gather, the input of a reduce-scatter, the buffer of an all-reduce.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jaxllm.spec.ledger import Line, Term, merge, wire_bytes
+from jaxllm.theory.parameters import Weight, weights
+from jaxllm.theory.symbols import MEGATRON, ZERO, Symbols, reference
+
+BATCH = ("replica", "data")
+SCALAR = 4
+
+
+def lines(s: Symbols) -> tuple[Line, ...]:
+    """All collectives of a step. Those over a single device, and those that a layout does not need, are zero."""
+    table = weights(s)
+    each = [*_tensor(s), *_scalars(s, table)]
+    for weight in table:
+        each += [*_gathers(s, weight), *_reductions(s, weight)]
+    return merge(each)
+
+
+def _line(
+    s: Symbols,
+    kind: str,
+    axes: tuple[str, ...],
+    phase: str,
+    letter: str,
+    times: Any,
+    buffer: Any,
+    term: tuple[str, str, str],
+) -> Line:
+    """A collective of `buffer` bytes that runs `times` a step, over axes whose product may be 1."""
+    degree = s.degree(axes)
+    times = times * (degree > 1)
+    payload = times * buffer
+    label, formula, source = term
+    return Line(
+        "collectives",
+        kind,
+        payload,
+        phase=phase,
+        axes=s.present(axes),
+        dtype=s.dtypes.get(letter, letter),
+        wire=times * wire_bytes(kind, buffer, degree),
+        count=times,
+        terms=(Term(label, payload, formula, source),),
+    )
+
+
+def _tensor(s: Symbols) -> tuple[Line, ...]:
+    """Megatron's f and g in each block, and the sliced vocabulary at both ends."""
+    stream = s.b * s.T * s.D * s.c
+    block = reference(MEGATRON, "section 3, two all-reduces forward and two backward")
+    ends = reference(MEGATRON, "section 3, vocabulary-parallel embedding and loss")
+
+    def over_tensor(phase: str, times: Any, label: str, formula: str, source: str) -> Line:
+        return _line(s, "all-reduce", ("tensor",), phase, "c", times, stream, (label, formula, source))
+
+    return (
+        over_tensor("forward", 2 * s.L * s.m, "after o and after down", "2 L m b T D c", block),
+        over_tensor("forward", s.m, "embedding lookup", "m b T D c", ends),
+        # The last matmul of a block is not computed again, so neither is its sum.
+        over_tensor("recompute", s.L * s.m * s.full, "after o", "L m b T D c if remat=full", block),
+        over_tensor("backward", 2 * s.L * s.m, "inputs of q, k, v and of gate, up", "2 L m b T D c", block),
+        over_tensor("backward", s.m, "input of the head", "m b T D c", ends),
+        _line(
+            s,
+            "all-reduce",
+            ("tensor",),
+            "forward",
+            "f32",
+            3 * s.m,
+            s.b * s.T * 4,
+            ("softmax of the loss: maximum, sum, target", "3 m b T 4", ends),
+        ),
+    )
+
+
+def _gathers(s: Symbols, weight: Weight) -> tuple[Line, ...]:
+    """ZeRO 3 gathers a weight for each layer and microbatch, forward and again backward; ZeRO 1 and 2 once a step.
+
+    Embedding, final norm and head are gathered once a microbatch: the head's backward pass follows at once, and the
+    embedding's needs no weights.
+    """
+    stage3 = (s.z >= 3) & (weight.parts > 1)
+    stage12 = ((s.z == 1) | (s.z == 2)) & (weight.parts > 1)
+    layered = weight.name not in ("embed", "final_norm", "head")
+    prefix = "L m" if layered else "m"
+    gather = weight.whole * s.c
+    return (
+        _line(
+            s, "all-gather", ("data",), "forward", "c", stage3 * weight.layers * s.m, gather,
+            (f"{weight.name}, before use", f"{prefix} {weight.formula} c if z = 3", reference(ZERO, "section 7.2.2")),
+        ),
+        _line(
+            s, "all-gather", ("data",), "backward", "c", stage3 * weight.layers * s.m * layered, gather,
+            (f"{weight.name}, again", f"{prefix} {weight.formula} c if z = 3", reference(ZERO, "section 7.2.2")),
+        ),
+        _line(
+            s, "all-gather", ("data",), "update", "p", stage12 * 1, weight.elements * s.p,
+            (f"{weight.name}, updated", f"{prefix[:-2]} {weight.formula} p if z = 1, 2".strip(),
+             reference(ZERO, "section 7.2.1")),
+        ),
+    )  # fmt: skip
+
+
+def _reductions(s: Symbols, weight: Weight) -> tuple[Line, ...]:
+    """Gradients: all-reduced once a step, or reduce-scattered once a step (z = 1) or in each microbatch (z >= 2).
+
+    A weight that ZeRO cannot slice is all-reduced. What every tensor rank holds whole, yet computes a part of the
+    gradient of, is summed over tensor as well; a slice is all-reduced over replica.
+    """
+    whole = weight.elements * s.g
+    in_parts = (s.z >= 1) & (weight.parts > 1)
+    layered = weight.layers > 1 or weight.name not in ("embed", "final_norm", "head")
+    times = np.where(s.z >= 2, s.m, 1)
+    # From ZeRO 2 on a layer is reduced alone; bytes are the same, the count is not.
+    pieces = np.where((s.z >= 2) & layered, weight.layers, 1)
+    formula = f"{'L ' if layered else ''}{weight.formula} g"
+    lines_: list[Line] = []
+    for shared in (False, True):
+        here = np.equal(weight.shared, shared)
+        extra = ("tensor",) if shared else ()
+        lines_ += [
+            _line(
+                s, "all-reduce", (*BATCH, *extra), "backward", "g", 1 * (~in_parts & here), whole,
+                (f"gradient of {weight.name}", f"{formula} if z = 0", reference(ZERO, "section 7.1")),
+            ),
+            _line(
+                s, "all-reduce", ("replica", *extra), "backward", "g", 1 * (in_parts & here), whole // weight.parts,
+                (f"slice of the gradient of {weight.name}", f"{formula}/n if z >= 1", "hybrid sharding"),
+            ),
+        ]  # fmt: skip
+    scatter = _line(
+        s, "reduce-scatter", ("data",), "backward", "g", in_parts * times * pieces, whole // pieces,
+        (f"gradient of {weight.name}", f"{formula}, m times if z >= 2", reference(ZERO, "section 7.2")),
+    )  # fmt: skip
+    return (*lines_, scatter)
+
+
+def _scalars(s: Symbols, table: tuple[Weight, ...]) -> tuple[Line, ...]:
+    """Numbers of 4 bytes: unmasked tokens, the loss, and the gradient norm over whatever slices the gradients."""
+    lines_ = [
+        _line(s, "all-reduce", BATCH, "forward", "f32", 2, SCALAR, ("unmasked tokens; loss", "2 * 4", "")),
+    ]
+    groups = (
+        (("data", "tensor"), True, True),
+        (("data",), False, True),
+        (("tensor",), True, False),
+    )
+    for axes, by_tensor, by_data in groups:
+        # One sum for all the weights that are sliced alike, if there is any.
+        alike = False
+        for weight in table:
+            tensor_sliced = weight.sliced & ~np.asarray(weight.shared) & (s.t > 1)
+            data_sliced = (s.z >= 1) & (weight.parts > 1)
+            alike = alike | ((tensor_sliced == by_tensor) & (data_sliced == by_data))
+        lines_.append(_line(s, "all-reduce", axes, "update", "f32", 1 * alike, SCALAR, ("gradient norm", "4", "")))
+    return tuple(lines_)

@@ -1,0 +1,90 @@
+"""The weights of a Llama and how many elements of each a device holds: Psi and its division.
+
+Each weight is a model dim D times another dim X (1 for a norm). Tensor parallelism slices X where it runs over heads,
+feed-forward or vocabulary; ZeRO slices D, or X where D does not divide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxllm.theory.symbols import Symbols
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight, all its layers together. Elements are counted per layer.
+
+    whole    elements in the gathered weight of one tensor rank, one layer: D X / t
+    logical  the same without the padding of the vocabulary, times layers
+    parts    devices that ZeRO slices it over: n where a dim divides, else 1
+    sliced   tensor parallelism slices it
+    shared   every tensor rank holds all of it and adds to its gradient: key/value weights with K < t
+    """
+
+    name: str
+    formula: str  # of `whole`, in symbols
+    layers: int
+    whole: Any
+    logical: Any
+    parts: Any
+    sliced: bool
+    shared: Any
+
+    @property
+    def elements(self) -> Any:
+        """Elements of one tensor rank, all layers, before ZeRO."""
+        return self.layers * self.whole
+
+
+def weights(s: Symbols) -> tuple[Weight, ...]:
+    """All weights of the model, in the order in which a token meets them."""
+    shared = s.K % s.t != 0
+    kv = np.where(shared, 1, s.t)
+    padded = -(-s.V // s.t) * s.t
+    table = [
+        _weight(s, "embed", "D V/t", 1, padded, s.t, s.V, sliced=True),
+        _weight(s, "attention_norm", "D", s.L, 1, 1),
+        _weight(s, "q", "D N H/t", s.L, s.N * s.H, s.t, sliced=True),
+        _weight(s, "k", "D K H/t", s.L, s.K * s.H, kv, sliced=True, shared=shared),
+        _weight(s, "v", "D K H/t", s.L, s.K * s.H, kv, sliced=True, shared=shared),
+        _weight(s, "o", "D N H/t", s.L, s.N * s.H, s.t, sliced=True),
+        _weight(s, "mlp_norm", "D", s.L, 1, 1),
+        _weight(s, "gate", "D F/t", s.L, s.F, s.t, sliced=True),
+        _weight(s, "up", "D F/t", s.L, s.F, s.t, sliced=True),
+        _weight(s, "down", "D F/t", s.L, s.F, s.t, sliced=True),
+        _weight(s, "final_norm", "D", 1, 1, 1),
+    ]
+    if not s.tied:
+        table.append(_weight(s, "head", "D V/t", 1, padded, s.t, s.V, sliced=True))
+    return tuple(table)
+
+
+def _weight(
+    s: Symbols,
+    name: str,
+    formula: str,
+    layers: int,
+    other: Any,
+    ways: Any,
+    logical: Any = None,
+    *,
+    sliced: bool = False,
+    shared: Any = False,
+) -> Weight:
+    local = other // ways
+    parts = np.where(s.D % s.n == 0, s.n, np.where((np.asarray(other) > 1) & (local % s.n == 0), s.n, 1))
+    return Weight(
+        name=name,
+        formula=formula,
+        layers=layers,
+        whole=s.D * local,
+        # In elements times ways, to be divided last: a padded slice has a fractional share of real rows.
+        logical=(layers * s.D * (other if logical is None else logical), ways),
+        parts=parts,
+        sliced=sliced,
+        shared=shared,
+    )

@@ -1,0 +1,62 @@
+"""What a device holds between steps, and the gradient accumulator: the ZeRO paper's table, weight by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from jaxllm.spec.ledger import Line, Term
+from jaxllm.theory.parameters import Weight, weights
+from jaxllm.theory.symbols import ZERO, Symbols, reference
+
+TOKEN = 4  # bytes of an int32
+
+
+def lines(s: Symbols) -> tuple[Line, ...]:
+    """parameters, optimizer, batch, gradients and padding, in bytes per device."""
+    table = weights(s)
+    parameters, parameter_padding = _held(s, table, s.p, stage=3, symbol="p", where="section 5.3")
+    state, state_padding = _held(s, table, s.o, stage=1, symbol="o", where="section 5.1")
+    gradients, gradient_padding = _held(s, table, s.g, stage=2, symbol="g", where="section 5.2")
+    count = Term("step count", 4, "4", "Adam's t, an int32")
+    tokens = 2 * TOKEN * s.m * s.b * s.T
+    return (
+        _line("parameters", parameters),
+        _line("optimizer", (*state, count)),
+        _line("batch", (Term("tokens and targets", tokens, "2 * 4 m b T"),)),
+        # XLA sees one accumulator, padding and all: it is no argument, so nothing tells the rows apart.
+        _line("gradients", (*gradients, *gradient_padding)),
+        _line("padding", (*parameter_padding, *state_padding)),
+        _line("host", ()),
+    )
+
+
+def _held(
+    s: Symbols, table: Iterable[Weight], size: int, *, stage: int, symbol: str, where: str
+) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
+    """Bytes of every weight at `size` bytes an element, sliced from a ZeRO stage on; and the vocabulary's padding."""
+    held, padding = [], []
+    for weight in table:
+        parts = np.where(s.z >= stage, weight.parts, 1)
+        everything = weight.elements * size // parts
+        elements, ways = weight.logical
+        logical = elements * size // (ways * parts)
+        formula = f"{weight.formula} {'L ' if weight.layers > 1 else ''}{symbol}"
+        held.append(Term(weight.name, logical, f"{formula}/n if z >= {stage}", reference(ZERO, where)))
+        if weight.name in ("embed", "head"):
+            padding.append(Term(f"{weight.name}: rows that pad the vocabulary", everything - logical, "(V' - V) D/t"))
+    return tuple(held), tuple(padding)
+
+
+def _line(name: str, terms: tuple[Term, ...]) -> Line:
+    return Line("memory", name, add(term.value for term in terms), terms=terms)
+
+
+def add(values: Iterable[Any]) -> Any:
+    """A sum that starts from an integer, so that no terms at all is 0."""
+    total: Any = 0
+    for value in values:
+        total = total + value
+    return total
