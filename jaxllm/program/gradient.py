@@ -84,7 +84,7 @@ def gradients(
         # because a fence around all would give every leaf the axes of the most varying one.
         accumulator = jax.tree.map(lax.optimization_barrier, accumulator)
     with jax.named_scope("backward"):
-        reduced = jax.tree.map(partial(_reduce_once, layout=layout), accumulator, places)
+        reduced = _reduce_once(accumulator, places, layout)
     with jax.named_scope("forward"):
         loss = mesh.total(loss, BATCH)
     with jax.named_scope("update"):
@@ -261,14 +261,28 @@ def _accumulate_layer(accumulated: jax.Array, gradient: jax.Array, place: Placem
     return lax.dynamic_update_index_in_dim(accumulated, row + gradient, index, 0)
 
 
-def _reduce_once(accumulated: jax.Array, place: Placement, *, layout: Layout) -> jax.Array:
+def _reduce_once(accumulator: Tree, places: Tree, layout: Layout) -> Tree:
     """What is reduced once a step: everything under ZeRO 0, the scatter under ZeRO 1, then what is left over replica."""
-    left = list(_varying(place))
-    if layout.zero >= 1 and place.zero_dim is not None:
-        left.remove("data")
-        if layout.zero == 1:
-            accumulated = mesh.scattered_total(accumulated, "data", place.zero_dim)
-    return mesh.total(accumulated, left)
+    if layout.zero == 1:
+        # Layer by layer: to scatter along an inner dim of the whole stack XLA:GPU would transpose all of it first.
+        scatter = partial(jax.tree.map, _scatter_row)
+        layers = lax.map(lambda rows: scatter(rows, places["layers"]), accumulator["layers"])
+        outer = {key: _scatter_row(accumulator[key], place) for key, place in places.items() if key != "layers"}
+        accumulator = outer | {"layers": layers}
+    return jax.tree.map(partial(_reduce_rest, layout=layout), accumulator, places)
+
+
+def _scatter_row(gradient: jax.Array, place: Placement) -> jax.Array:
+    """Reduce-scatters one layer's gradient, or that of a weight outside the layers."""
+    if place.zero_dim is None:
+        return gradient
+    return mesh.scattered_total(gradient, "data", place.zero_dim - place.stacked)
+
+
+def _reduce_rest(gradient: jax.Array, place: Placement, layout: Layout) -> jax.Array:
+    """Sums over the axes that no scatter has summed over."""
+    scattered = layout.zero >= 1 and place.zero_dim is not None
+    return mesh.total(gradient, [axis for axis in _varying(place) if not (scattered and axis == "data")])
 
 
 def _accumulator(parameter: jax.Array, place: Placement, *, dtype: Any, layout: Layout) -> jax.Array:

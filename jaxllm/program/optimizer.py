@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from jaxllm.spec.workload import Workload
 
@@ -51,7 +52,26 @@ def update(
     updates, adamw = transformation(learning_rate).update(gradients, state["adamw"], current)
     current = optax.apply_updates(current, updates)
     # Cast before the gather, so that what is sent is what is held.
-    new = jax.tree.map(
-        lambda parameter, value, spec: jax.reshard(value.astype(parameter.dtype), spec), parameters, current, held
-    )
+    new = jax.tree.map(lambda parameter, value: value.astype(parameter.dtype), parameters, current)
+    if held != sliced:  # ZeRO 1 and 2
+        new = _gather(parameters, new, held)
     return new, {"adamw": adamw} | ({"master": current} if workload.dtypes.master else {})
+
+
+def _gather(parameters: Tree, new: Tree, held: Tree) -> Tree:
+    """The new slices, gathered into the place of the old parameters; stacked layers one by one.
+
+    XLA:GPU would transpose a gather of the whole stack along an inner dim, and keep it beside what it replaces.
+    """
+
+    def replace(layers: Tree, row: tuple[jax.Array, Tree]) -> tuple[Tree, None]:
+        index, slices = row
+        write = lambda old, piece, spec: jax.lax.dynamic_update_index_in_dim(  # noqa: E731
+            old, jax.reshard(piece, PartitionSpec(*spec[1:])), index, 0
+        )
+        return jax.tree.map(write, layers, slices, held["layers"]), None
+
+    depth = jax.tree.leaves(new["layers"])[0].shape[0]
+    layers, _ = jax.lax.scan(replace, parameters["layers"], (jnp.arange(depth), new["layers"]))
+    outer = {key: jax.reshard(value, held[key]) for key, value in new.items() if key != "layers"}
+    return outer | {"layers": layers}

@@ -78,8 +78,9 @@ def _placement(param: nnx.Variable, shape: tuple[int, ...], config: ModelConfig,
     tensor_dim = sliced[0] if sliced and layout.tensor > 1 and not shared else None
     zero_dim = None
     if layout.data > 1:
-        # The model dim first; then whichever else divides. A layer is gathered alone, so its dim stays whole.
-        for dim in sorted(range(first, len(shape)), key=lambda dim: dims[dim - first] != "model"):
+        # The first dim that divides: slices of it are contiguous, and XLA:GPU transposes what it must scatter along
+        # an inner dim, whole accumulators included. A layer is gathered alone, so its dim stays whole.
+        for dim in range(first, len(shape)):
             size = shape[dim] // (layout.tensor if dim == tensor_dim else 1)
             if size % layout.data == 0:
                 zero_dim = dim

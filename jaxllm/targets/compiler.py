@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 import time
@@ -98,10 +97,3 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, short enough for one sentence."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
-
-
-def cache_folder() -> Path:
-    """Where measured ledgers are kept: $JAXLLM_CACHE, or jaxllm in the user's cache folder."""
-    if own := os.environ.get("JAXLLM_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxllm"

@@ -36,7 +36,8 @@ def devices(mesh: Any) -> list[Any]:
         raise TargetError(f"the tpu compiler, libtpu, is not installed: {INSTALL}.")
     from jax.experimental import topologies
 
-    extra = {"chips_per_host_bounds": (1, 1, 1)} if mesh.devices == mesh.machine.devices_per_chip else {}
+    # libtpu assumes hosts of 2x2x1 chips, and so refuses a slice smaller than one unless told.
+    extra = {"chips_per_host_bounds": mesh.host_bounds} if mesh.host_bounds else {}
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=mesh.topology, **extra).devices)
     except Exception as error:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.spec.ledger import Line, Term, merge, wire_bytes
-from jaxllm.theory.parameters import Weight, weights
+from jaxllm.theory.parameters import OUTER, Weight, weights
 from jaxllm.theory.symbols import MEGATRON, ZERO, Symbols, reference
 
 BATCH = ("replica", "data")
@@ -91,7 +91,7 @@ def _gathers(s: Symbols, weight: Weight) -> tuple[Line, ...]:
     """
     stage3 = (s.z >= 3) & (weight.parts > 1)
     stage12 = ((s.z == 1) | (s.z == 2)) & (weight.parts > 1)
-    layered = weight.name not in ("embed", "final_norm", "head")
+    layered = weight.name not in OUTER
     prefix = "L m" if layered else "m"
     gather = weight.whole * s.c
     return (
@@ -104,7 +104,7 @@ def _gathers(s: Symbols, weight: Weight) -> tuple[Line, ...]:
             (f"{weight.name}, again", f"{prefix} {weight.formula} c if z = 3", reference(ZERO, "section 7.2.2")),
         ),
         _line(
-            s, "all-gather", ("data",), "update", "p", stage12 * 1, weight.elements * s.p,
+            s, "all-gather", ("data",), "update", "p", stage12 * weight.layers, weight.whole * s.p,
             (f"{weight.name}, updated", f"{prefix[:-2]} {weight.formula} p if z = 1, 2".strip(),
              reference(ZERO, "section 7.2.1")),
         ),
@@ -119,10 +119,8 @@ def _reductions(s: Symbols, weight: Weight) -> tuple[Line, ...]:
     """
     whole = weight.elements * s.g
     in_parts = (s.z >= 1) & (weight.parts > 1)
-    layered = weight.layers > 1 or weight.name not in ("embed", "final_norm", "head")
+    layered = weight.name not in OUTER
     times = np.where(s.z >= 2, s.m, 1)
-    # From ZeRO 2 on a layer is reduced alone; bytes are the same, the count is not.
-    pieces = np.where((s.z >= 2) & layered, weight.layers, 1)
     formula = f"{'L ' if layered else ''}{weight.formula} g"
     lines_: list[Line] = []
     for shared in (False, True):
@@ -139,7 +137,7 @@ def _reductions(s: Symbols, weight: Weight) -> tuple[Line, ...]:
             ),
         ]  # fmt: skip
     scatter = _line(
-        s, "reduce-scatter", ("data",), "backward", "g", in_parts * times * pieces, whole // pieces,
+        s, "reduce-scatter", ("data",), "backward", "g", in_parts * times * weight.layers, weight.whole * s.g,
         (f"gradient of {weight.name}", f"{formula}, m times if z >= 2", reference(ZERO, "section 7.2")),
     )  # fmt: skip
     return (*lines_, scatter)

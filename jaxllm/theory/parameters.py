@@ -14,6 +14,10 @@ import numpy as np
 from jaxllm.theory.symbols import Symbols
 
 
+# The weights outside the stack of layers.
+OUTER = ("embed", "final_norm", "head")
+
+
 @dataclass(frozen=True)
 class Weight:
     """One weight, all its layers together. Elements are counted per layer.

@@ -1,0 +1,104 @@
+"""Measured ledgers, kept by program and version: the same step is compiled once.
+
+The key is the lowered program itself with everything that reads it: a change of jaxllm, jax or a compiler is a
+new key. A damaged or unwritable cache is as good as none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxllm.spec.ledger import Ledger, Line, Rule, Term
+
+Measured = tuple[Ledger, str, dict[str, float]]
+
+PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cuda-nvcc-cu12", "protobuf")
+
+
+def folder() -> Path:
+    """$JAXLLM_CACHE, or jaxllm in the user's cache folder."""
+    if own := os.environ.get("JAXLLM_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxllm"
+
+
+def recalled(lowered: Any, measured: Callable[[], Measured]) -> Measured:
+    """What was measured of this lowered program before, or is now. JAXLLM_CACHE= (empty) turns it off."""
+    if os.environ.get("JAXLLM_CACHE") == "":
+        return measured()
+    path = folder() / f"{_key(lowered)}.json"
+    try:
+        stored = json.loads(path.read_text())
+        return _ledger(stored["ledger"]), stored["refused"], stored["seconds"] | {"cached": 1.0}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    ledger, refused, seconds = measured()
+    _store(path, {"ledger": dataclasses.asdict(ledger), "refused": refused, "seconds": seconds})
+    return ledger, refused, seconds
+
+
+def _store(path: Path, content: dict[str, Any]) -> None:
+    """Written beside and moved into place, so that no other process reads a half."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(content, file)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError:
+        pass
+
+
+def _key(lowered: Any) -> str:
+    digest = hashlib.sha256()
+    built = lowered.built
+    machine = lowered.stages.as_text(debug_info=True)
+    device = built.mesh.devices.flat[0]
+    # With names and source lines: they are what the ledger tells phases and origins by.
+    for part in (machine, lowered.compiler, str(getattr(device, "device_kind", "")), repr(built.axes), repr(_versions())):
+        digest.update(part.encode())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        if path.parent.name in ("hlo", "targets"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:40]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _ledger(stored: dict[str, Any]) -> Ledger:
+    return Ledger(
+        author=stored["author"],
+        lines=tuple(
+            Line(
+                **{key: value for key, value in line.items() if key not in ("axes", "terms", "rules")},
+                axes=tuple(line["axes"]),
+                terms=tuple(Term(**term) for term in line["terms"]),
+                rules=tuple(Rule(**rule) for rule in line["rules"]),
+            )
+            for line in stored["lines"]
+        ),
+        peak=stored["peak"],
+        peak_terms=tuple(Term(**term) for term in stored["peak_terms"]),
+        unexplained=tuple(stored["unexplained"]),
+        notes=tuple(stored["notes"]),
+    )
