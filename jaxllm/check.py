@@ -6,21 +6,30 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxllm import targets
 from jaxllm.cache import recalled
 from jaxllm.report.compare import Comparison, compare
 from jaxllm.spec.errors import SpecError
 from jaxllm.spec.layout import Layout
-from jaxllm.spec.ledger import Ledger
+from jaxllm.spec.ledger import COLLECTIVES, Ledger
 from jaxllm.spec.model import ModelConfig
 from jaxllm.spec.validate import default_batch, default_sequence, validate
 from jaxllm.spec.workload import Workload
-from jaxllm.theory import predict
+from jaxllm.targets import start
+from jaxllm.theory import PLAIN_AUTODIFF, predict
+
+if TYPE_CHECKING:
+    from jaxllm.program import Built
+    from jaxllm.spec.machine import Mesh
+    from jaxllm.targets.compiler import Compiled
 
 Size = int | Literal["max"] | None
 Say = Callable[[str], None]
+
+# At the rates of real training three steps move a parameter by so little that its own rounding hides the move.
+RUN_LEARNING_RATE = 3e-2
 
 SEQUENCE_STEP = 128  # `--seq max` looks at multiples of it: what matmul units like
 
@@ -29,10 +38,36 @@ def silent(message: str) -> None:
     """Progress that nobody reads."""
 
 
+def build(
+    model: ModelConfig, layout: Layout, mesh: Mesh, workload: Workload, *, target: str = "", **options: Any
+) -> Built:
+    """A training step for the model on the mesh, for the mesh's own target or another.
+
+    Starts jax when it is not running yet. Raises SpecError when the nouns do not go together, TargetError when the
+    target cannot be used here.
+    """
+    target = target or mesh.target
+    validate(model, layout, mesh.devices, workload)
+    start.prepare(target, mesh.devices)
+    with start.quiet():
+        from jaxllm.program import build
+
+        return build(model, layout, workload, targets.module(target).devices(mesh), target=target, **options)
+
+
+def measure(compiled: Compiled) -> Ledger:
+    """The ledger of a compiled step, read from XLA's protos."""
+    from jaxllm.hlo import Dump, measure
+
+    built = compiled.lowered.built
+    dump = Dump.find(compiled.dump.name, compiled.lowered.compiler)
+    return measure(dump, built.axes, logical_bytes=built.logical_bytes)
+
+
 def check(
     model: ModelConfig,
     layout: Layout,
-    mesh: Any,
+    mesh: Mesh,
     workload: Workload,
     *,
     target: str = "",
@@ -41,46 +76,69 @@ def check(
 ) -> Comparison:
     """Lays the closed form of one training step beside what the compiler makes of it; with `run`, takes three steps.
 
-    Raises SpecError when the nouns do not go together, TargetError when the target cannot be used here.
+    Raises what `build` and `compile` raise.
     """
-    from jaxllm.hlo import Dump, measure
-    from jaxllm.program import build
-    from jaxllm.program.run import LEARNING_RATE
-    from jaxllm.program.run import run as take_steps
-    from jaxllm.targets import compiler
-
-    target = target or mesh.target
-    validate(model, layout, mesh.devices, workload)
     predicted = predict(model, layout, workload)
     progress(f"building {model.name} for {layout} on {mesh}")
     # A run needs a rate at which three steps move the parameters; the ledger does not depend on it.
-    rate = {"learning_rate": LEARNING_RATE} if run else {}
-    built = build(model, layout, workload, targets.module(target).devices(mesh), **rate)
-    lowered = compiler.lower(built, target)
+    built = build(model, layout, mesh, workload, target=target, **({"learning_rate": RUN_LEARNING_RATE} if run else {}))
+    from jaxllm.targets import compiler
+
+    lowered = compiler.lower(built)
     steps = None
 
     def measured() -> tuple[Ledger, str, dict[str, float]]:
         nonlocal steps
         progress(f"compiling with XLA:{lowered.compiler.upper()}")
-        with compiler.compile(lowered) as compiled:
-            start = time.perf_counter()
-            dump = Dump.find(compiled.folder, lowered.compiler)
-            ledger = measure(dump, built.axes, logical_bytes=built.logical_bytes)
-            spent = {"compile": round(compiled.seconds, 3), "measure": round(time.perf_counter() - start, 3)}
-            if run:
-                progress("taking three steps, and the same three without any sharding")
-                steps = take_steps(built, compiled.executable)
-            return ledger, compiled.refused, spent
+        compiled = compiler.compile(lowered)
+        begin = time.perf_counter()
+        ledger = measure(compiled)
+        spent = {"compile": round(compiled.seconds, 3), "measure": round(time.perf_counter() - begin, 3)}
+        if run:
+            from jaxllm.program.run import run as take_steps
+
+            progress("taking three steps, and the same three without any sharding")
+            steps = take_steps(built, compiled.executable)
+        return ledger, compiled.refused, spent
 
     ledger, refused, spent = measured() if run else recalled(lowered, measured)
-    comparison = compare(predicted, ledger, capacity=mesh.capacity, refused=refused)
+    unknown = dict.fromkeys(("matmul", *COLLECTIVES), PLAIN_AUTODIFF) if layout.remat == "jax" else {}
+    comparison = compare(predicted, ledger, capacity=mesh.capacity, not_comparable=unknown, refused=refused)
     return dataclasses.replace(comparison, run=steps, seconds={"lower": round(lowered.seconds, 3)} | spent)
+
+
+def check_largest(
+    model: ModelConfig,
+    layout: Layout,
+    mesh: Mesh,
+    resolved: Callable[[float], Workload],
+    *,
+    target: str = "",
+    run: bool = False,
+    progress: Say = silent,
+) -> tuple[Workload, Comparison]:
+    """The largest workload that fits: searched for by closed form, confirmed by a compile.
+
+    `resolved(share)` is the workload whose closed form fills that share of the capacity. Where the compile finds the
+    closed form too hopeful, the search is repeated with the share that the compile found, twice at most.
+    """
+    share, hopeful = 1.0, []
+    while True:
+        workload = resolved(share)
+        comparison = check(model, layout, mesh, workload, target=target, run=run, progress=progress)
+        peak = comparison.peak
+        if comparison.fits or len(hopeful) == 2 or resolved(0.0) == workload:
+            return workload, dataclasses.replace(comparison, notes=(*comparison.notes, *hopeful))
+        hopeful.append(
+            f"by closed form alone batch {workload.batch:,} of {workload.sequence:,} tokens fits; compiled it does not"
+        )
+        share *= peak.predicted / peak.compiled if peak.compiled else 1 - peak.tolerance
 
 
 def resolve(
     model: ModelConfig,
     layout: Layout,
-    mesh: Any,
+    mesh: Mesh,
     batch: Size,
     sequence: Size,
     precision: str,

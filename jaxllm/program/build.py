@@ -63,6 +63,7 @@ class Built:
     places: Tree
     arguments: tuple[Tree, Tree, Tree]
     learning_rate: float
+    target: str  # which compiler it is for: cpu, gpu, tpu or local
 
     @property
     def vocab_padded(self) -> int:
@@ -163,6 +164,7 @@ def build(
     devices: Sequence[Any],
     *,
     learning_rate: float = optimizer.LEARNING_RATE,
+    target: str = "local",
 ) -> Built:
     """A training step for the model over these devices, which may be descriptions of devices that are not there.
 
@@ -198,4 +200,5 @@ def build(
         places=places,
         arguments=(parameters, state, {"tokens": tokens, "targets": tokens}),
         learning_rate=learning_rate,
+        target=target,
     )

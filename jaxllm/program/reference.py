@@ -1,12 +1,13 @@
 """The train step written without any sharding: what every layout has to reproduce.
 
 It shares no code with jaxllm.model or the step: a bug there cannot hide here. One device, f32, the whole batch at once,
-no scan, no remat, gradients by plain autodiff, the optimizer by optax.
+no remat, gradients by plain autodiff, the optimizer by optax.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -45,18 +46,19 @@ def forward(config: ModelConfig, parameters: Mapping[str, Any], tokens: jax.Arra
     """tokens (B, T) -> logits (B, T, V) in f32."""
     batch, sequence = tokens.shape
     angles = _angles(config, sequence)
-    x = parameters["embed"][tokens]  # (B, T, D)
-    for i in range(config.layers):
-        w = {name: stacked[i] for name, stacked in parameters["layers"].items()}
+    past = np.tril(np.ones((sequence, sequence), bool))
+
+    def block(x: jax.Array, w: Tree) -> tuple[jax.Array, None]:
         h = _norm(x, w["attention_norm"], config.norm_epsilon)
         q, k, v = ((h @ w[name]).reshape(batch, sequence, -1, config.head_dim) for name in "qkv")
         k, v = (jnp.repeat(y, config.heads // config.kv_heads, 2) for y in (_rotate(k, angles), v))
-        scores = jnp.einsum("btnh,bsnh->bnts", _rotate(q, angles), k) / np.sqrt(config.head_dim).astype(np.float32)
-        scores = jnp.where(np.tril(np.ones((sequence, sequence), bool)), scores, -jnp.inf)
-        heads = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, -1), v)
+        scores = jnp.einsum("btnh,bsnh->bnts", _rotate(q, angles), k) / config.head_dim**0.5
+        heads = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(past, scores, -jnp.inf)), v)
         x = x + heads.reshape(batch, sequence, -1) @ w["o"]
         h = _norm(x, w["mlp_norm"], config.norm_epsilon)
-        x = x + (jax.nn.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"]
+        return x + (jax.nn.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"], None
+
+    x, _ = jax.lax.scan(block, parameters["embed"][tokens], parameters["layers"])
     x = _norm(x, parameters["final_norm"], config.norm_epsilon)
     return x @ (parameters["embed"].T if config.tied else parameters["head"])
 
@@ -82,22 +84,25 @@ def reference_steps(
     parameters, and AdamW's first and second moments to start from, are full and unpadded, in f32; a batch holds
     `tokens` and `targets`, int32 (B, T).
     """
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
-    )
-
-    @jax.jit
-    def step(parameters: Tree, state: Any, tokens: jax.Array, targets: jax.Array) -> Any:
-        value, gradients = jax.value_and_grad(lambda p: loss(config, p, tokens, targets))(parameters)
-        updates, state = optimizer.update(gradients, state, parameters)
-        return value, gradients, optax.apply_updates(parameters, updates), state
-
     # "highest": a GPU or TPU would otherwise multiply f32 matrices in a shorter format.
     with jax.default_matmul_precision("highest"):
         parameters, m, v = jax.device_put((parameters, *moments), jax.local_devices()[0])
-        state = optax.tree.set(optimizer.init(parameters), mu=m, nu=v)
+        state = optax.tree.set(jax.jit(_optimizer(learning_rate).init)(parameters), mu=m, nu=v)
         steps = []
         for batch in batches:
-            value, gradients, parameters, state = step(parameters, state, batch["tokens"], batch["targets"])
+            value, gradients, parameters, state = _step(config, learning_rate, parameters, state, dict(batch))
             steps.append((float(value), jax.tree.map(np.asarray, gradients), jax.tree.map(np.asarray, parameters)))
     return steps
+
+
+def _optimizer(learning_rate: float) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1))  # at the top level, so that runs of one model compile it once
+def _step(config: ModelConfig, learning_rate: float, parameters: Tree, state: Any, batch: Tree) -> Any:
+    value, gradients = jax.value_and_grad(lambda p: loss(config, p, batch["tokens"], batch["targets"]))(parameters)
+    updates, state = _optimizer(learning_rate).update(gradients, state, parameters)
+    return value, gradients, optax.apply_updates(parameters, updates), state

@@ -18,10 +18,10 @@ from jaxllm.spec.model import ModelConfig
 # parameter by so little that its own f32 rounding, 6e-8 of it, is more than TOLERANCE of the move.
 LEARNING_RATE = 3e-2
 
-# Largest max|a - b| / max|b| of a tensor, by the dtype of the matmuls. f32 is the contract (docs/design.md, truth).
-# bf16 rounds to 2^-9 at each of some ten operations a block, and the reference does not: measured on the layouts of
-# the tests, the worst tensor is 0.01 to 0.05 apart, and the mildest mutation moves one by more than 0.3.
-TOLERANCE = {"f32": 1e-5, "bf16": 0.1}
+# Largest max|a - b| / max|b| of a tensor, by the dtype of the matmuls. f32 is the contract (docs/design.md, truth):
+# 3e-6 is measured. bf16 keeps 8 bits, so each value is up to 2^-9 off, and the worst of thousands of elements
+# after three updates of Adam, whose small gradients count as much as large ones, is measured 0.05 to 0.09 off.
+TOLERANCE = {"f32": 1e-5, "bf16": 0.25}
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,8 @@
 """compile: one module a target. Each says which devices a mesh has there, and which options its compiler needs.
 
 A target module offers
-    PLATFORM                    the name that jax lowers for
     environment(devices) -> {}  environment variables, set before jax is imported
     devices(mesh) -> list       the mesh's devices, or descriptions of those that are not there; raises TargetError
-    PARTITIONED                 regular expression of the compiler passes after which the partitioned module is dumped
 """
 
 from __future__ import annotations

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 import tempfile
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from jaxllm import targets
 from jaxllm.spec.errors import TargetError
 from jaxllm.targets.start import quiet
 
 # jax's name of a platform -> whose file names and habits the dump has
 COMPILERS = {"cpu": "cpu", "cuda": "gpu", "gpu": "gpu", "rocm": "gpu", "tpu": "tpu"}
 
+# The passes after which each compiler is told to dump; XLA:GPU dumps the partitioned module by itself.
+PARTITIONED = {"cpu": "spmd-partitioning", "gpu": "spmd-partitioner", "tpu": "tpu-spmd-partitioning"}
+
 
 @dataclass(frozen=True)
 class Lowered:
-    """The traced and lowered step of a built program, for one target."""
+    """The traced and lowered step of a built program."""
 
     built: Any
-    target: str
     stages: Any  # jax.stages.Lowered
     seconds: float
 
@@ -37,54 +38,65 @@ class Lowered:
 class Compiled:
     """What the compiler made of a step.
 
-    folder      XLA's dump, to be read by jaxllm.hlo
+    dump        XLA's protos, in a temporary folder that goes when this object does
     executable  jax.stages.Compiled, or None when the compiler refused
     refused     what the compiler said when the program does not fit, else ""
     """
 
     lowered: Lowered
-    folder: Path
+    dump: tempfile.TemporaryDirectory[str]
     executable: Any
     refused: str
     seconds: float
 
 
-def lower(built: Any, target: str) -> Lowered:
-    """Traces and lowers the step. Raises TargetError with the compiler's reason when its platform cannot."""
+def lower(built: Any) -> Lowered:
+    """Traces and lowers the step. Raises TargetError with the reason when its platform cannot."""
     start = time.perf_counter()
     with quiet():
         try:
             stages = built.lower()
         except NotImplementedError as error:
-            raise TargetError(f"the {target} target cannot lower this step: {first_line(error)}") from error
-    return Lowered(built, target, stages, time.perf_counter() - start)
+            raise TargetError(f"this step cannot be lowered for {built.target}: {first_line(error)}") from error
+    return Lowered(built, stages, time.perf_counter() - start)
 
 
-@contextlib.contextmanager
-def compile(lowered: Lowered) -> Any:
-    """Compiles a lowered step; a context, because the dump is removed when it ends.
+def compile(program: Any) -> Compiled:
+    """Compiles a step that `build` made, or that `lower` has lowered already.
 
     Raises TargetError when the compiler fails for a reason other than memory.
     """
-    folder = Path(tempfile.mkdtemp(prefix="jaxllm-"))
+    lowered = program if isinstance(program, Lowered) else lower(program)
+    folder = tempfile.TemporaryDirectory(prefix="jaxllm-", ignore_cleanup_errors=True)
     options = {
-        "xla_dump_to": str(folder),
+        "xla_dump_to": folder.name,
         "xla_dump_hlo_as_proto": True,
         "xla_dump_hlo_module_re": ".*train_step.*",
-        "xla_dump_hlo_pass_re": f".*{targets.module(lowered.target).PARTITIONED}.*",
+        "xla_dump_hlo_pass_re": f".*{PARTITIONED[lowered.compiler]}.*",
     }
     executable, refused, start = None, "", time.perf_counter()
-    try:
-        with quiet():
-            try:
-                executable = lowered.stages.compile(compiler_options=options)
-            except Exception as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise TargetError(f"XLA:{lowered.compiler.upper()} refused the step: {first_line(error)}") from error
-                refused = memory_message(str(error))
-        yield Compiled(lowered, folder, executable, refused, time.perf_counter() - start)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with quiet():
+        try:
+            executable = _interruptible(lambda: lowered.stages.compile(compiler_options=options))
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise TargetError(f"XLA:{lowered.compiler.upper()} refused the step: {first_line(error)}") from error
+            refused = memory_message(str(error))
+    return Compiled(lowered, folder, executable, refused, time.perf_counter() - start)
+
+
+def _interruptible(work: Callable[[], Any]) -> Any:
+    """Does the work in a thread of its own, so that an interrupt need not wait until XLA returns."""
+    outcome: Future[Any] = Future()
+
+    def body() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=body, daemon=True).start()
+    return outcome.result()
 
 
 def memory_message(text: str) -> str:

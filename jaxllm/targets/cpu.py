@@ -6,9 +6,6 @@ from typing import Any
 
 from jaxllm.spec.errors import SpecError, TargetError
 
-PLATFORM = "cpu"
-PARTITIONED = "spmd-partitioning"
-
 # Measured: 2,048 forced devices work in one process, 4,096 do not ("multiprocess computations aren't implemented").
 MOST_DEVICES = 2048
 

@@ -9,9 +9,6 @@ from typing import Any
 
 from jaxllm.spec.errors import TargetError
 
-PLATFORM = "cuda"
-PARTITIONED = "spmd-partition"
-
 INSTALL = "pip install 'jaxllm[gpu-target]' installs it (Linux on x86-64 or ARM)"
 
 # XLA plans a program for 80 % of the card's memory and recomputes by itself when that is short, which would put

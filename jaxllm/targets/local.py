@@ -6,8 +6,6 @@ from typing import Any
 
 from jaxllm.spec.errors import TargetError
 
-PLATFORM = ""  # whatever the devices are
-PARTITIONED = "spmd-partition"
 
 
 def environment(devices: int) -> dict[str, str]:

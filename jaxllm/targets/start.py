@@ -10,34 +10,27 @@ import tempfile
 from collections.abc import Iterator
 
 from jaxllm import targets
-from jaxllm.spec.errors import TargetError
 
 _FORCED = r"--xla_force_host_platform_device_count=(\d+)"
 
 
 def prepare(target: str, devices: int) -> None:
-    """Sets the environment for a target. Call it before jax is imported; a second call must ask for no more.
+    """Sets the environment for a target and starts jax; what jax has already settled stays as it is.
 
-    Raises TargetError when jax is already running with fewer devices than the target needs.
+    Raises SpecError for an unknown target, or more devices than it can emulate.
     """
     settings = targets.module(target).environment(devices)
-    flags = settings.pop("XLA_FLAGS", "")
-    if "jax" in sys.modules and flags and (needed := re.search(_FORCED, flags)):
-        import jax
-
-        if jax.local_device_count() < int(needed[1]):
-            raise TargetError(
-                f"jax already runs with {jax.local_device_count()} devices and {needed[1]} are needed: call "
-                f"jaxllm before jax is used, or set XLA_FLAGS={flags}."
-            )
-        return
-    if flags:
+    if flags := settings.pop("XLA_FLAGS", ""):
         own = os.environ.get("XLA_FLAGS", "")
         given = re.search(_FORCED, own)
         if given is None or int(given[1]) < devices:
             os.environ["XLA_FLAGS"] = f"{re.sub(_FORCED, '', own).strip()} {flags}".strip()
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    with quiet():  # the plugins that jax finds have their say when it starts
+        import jax
+
+        jax.devices()
 
 
 @contextlib.contextmanager

@@ -7,9 +7,6 @@ from typing import Any
 
 from jaxllm.spec.errors import TargetError
 
-PLATFORM = "tpu"
-PARTITIONED = "spmd-partitioning"
-
 INSTALL = "pip install 'jaxllm[tpu-target]' installs it (Linux on x86-64 only)"
 
 

@@ -4,6 +4,6 @@ Every formula takes integers or NumPy arrays of layouts, and never branches on a
 or thousands. Nothing here knows what a compiler did.
 """
 
-from jaxllm.theory.predict import predict
+from jaxllm.theory.predict import PLAIN_AUTODIFF, predict
 
-__all__ = ["predict"]
+__all__ = ["PLAIN_AUTODIFF", "predict"]

@@ -27,7 +27,11 @@ def test_what_goes_together():
 
 
 def test_degrees_multiply_to_the_size_of_the_mesh():
-    refused(r"needs 8 devices \(replica 1 x data 4 x tensor 2\), but the mesh has 16; data=8 would", Layout(data=4, tensor=2), 16)
+    refused(
+        r"needs 8 devices \(replica 1 x data 4 x tensor 2\), but the mesh has 16; data=8 would",
+        Layout(data=4, tensor=2),
+        16,
+    )
     refused("take a mesh of 6", Layout(data=2, tensor=3), 8)
 
 

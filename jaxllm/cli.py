@@ -1,0 +1,384 @@
+"""The command line: reads the four nouns, checks all that can be checked, and only then imports JAX.
+
+Results go to standard output, progress and notes to standard error. Every error is one sentence.
+Exit codes: 0 agreement and it fits; 1 something differs; 2 bad input; 3 the target cannot be used here;
+4 it does not fit; 130 interrupted. 70 is an error of jaxllm's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from jaxllm.spec.errors import SpecError, TargetError, nearest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from jaxllm.report import Comparison, Setup
+
+TARGETS = ("cpu", "gpu", "tpu", "local")
+
+# XLA:CPU refuses 4,096 devices in one process; 2,048 compile.
+MOST_EMULATED = 2048
+
+Work = Callable[[], int]
+
+app = typer.Typer(
+    name="jaxllm",
+    help="Closed forms of sharded training beside what XLA really compiles, line by line.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        if not arguments:
+            raise SpecError("name a command, which is check, models or meshes; jaxllm --help tells more.")
+        # Commands only parse and return the work to do. It is done here, out of typer's reach, which has its own
+        # ideas about interrupts, broken pipes and exit codes.
+        work = app(args=arguments, prog_name="jaxllm", standalone_mode=False)
+        code = work() if callable(work) else int(work or 0)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except SpecError as error:
+        return _fail(str(error), 2)
+    except TargetError as error:
+        return _fail(str(error), 3)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted", 130)
+        # A compiler may still be at work in its thread, and ending Python around it is not safe: end at once.
+        if "jax" in sys.modules:
+            os._exit(code)
+        return code
+    except BrokenPipeError:
+        # The reader has gone, as `head` does. Python flushes standard output once more at exit: to nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell reports a program that a closed pipe ended
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's own errors of usage, whichever click it brings
+            return _fail(_usage(error), 2)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return _fail("the result cannot be written: the disk is full; make room or write elsewhere.", 2)
+        if os.environ.get("JAXLLM_TRACEBACK"):
+            raise
+        return _fail(
+            f"this is an error of jaxllm itself, {type(error).__name__}: {_one_line(error)}; "
+            "JAXLLM_TRACEBACK=1 shows where.",
+            70,
+        )
+
+
+def _fail(sentence: str, code: int) -> int:
+    with contextlib.suppress(OSError):
+        print(f"jaxllm: {_one_line(sentence)}", file=sys.stderr)
+    return code
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _usage(error: Any) -> str:
+    message = _one_line(error.format_message()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "jaxllm"
+    return f"{message}; {command} --help lists what there is."
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from jaxllm import __version__
+
+        typer.echo(f"jaxllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, or the path of a config.json.")],
+    mesh: Annotated[str, typer.Option(metavar="MESH", help="machine:size, as cpu:8, h100:2048x8, v5p:4x4x4.")],
+    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="Degrees and choices, as data=4,tensor=2,zero=3.")],
+    batch: Annotated[
+        str | None, typer.Option(metavar="B|max", help="Sequences per step. Default: one per device and microbatch.")
+    ] = None,
+    seq: Annotated[
+        str | None, typer.Option(metavar="T|max", help="Tokens per sequence. Default: the model's, up to 4,096.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="P", help="f32, bf16-f32 or bf16-master. Default: f32 on cpu, else bf16-f32.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(metavar="O", help="adamw.")] = "adamw",
+    gradient_dtype: Annotated[
+        str | None, typer.Option(metavar="f32|bf16", help="Gradients are reduced in it. Default: the precision's.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="cpu|gpu|tpu|local", help="The compiler. Default: the machine's.")
+    ] = None,
+    run: Annotated[bool, typer.Option("--run", help="Run three steps against the unsharded reference.")] = False,
+    explain: Annotated[str | None, typer.Option(metavar="LINE", help="Take one line apart, as residuals.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="What is not comparable counts as a difference.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw it, as .png, .svg or .pdf.")] = None,
+) -> Work:
+    """Compare the closed form of a training step with what the compiler makes of it."""
+    return partial(
+        _check, model, mesh, layout, batch=batch, seq=seq, precision=precision, optimizer=optimizer,
+        gradient_dtype=gradient_dtype, target=target, run=run, explain=explain, strict=strict, as_json=as_json,
+        plot=plot,
+    )  # fmt: skip
+
+
+@app.command()
+def models(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A preset, or a config.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> Work:
+    """List the models that are known, or every figure of one."""
+    return partial(_models, model, as_json)
+
+
+@app.command()
+def meshes(
+    machine: Annotated[str | None, typer.Argument(metavar="[MACHINE]", help="A name, or a TOML file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> Work:
+    """List the machines that are known, or every figure of one."""
+    return partial(_meshes, machine, as_json)
+
+
+def _check(
+    model_text: str,
+    mesh_text: str,
+    layout_text: str,
+    *,
+    batch: str | None,
+    seq: str | None,
+    precision: str | None,
+    optimizer: str,
+    gradient_dtype: str | None,
+    target: str | None,
+    run: bool,
+    explain: str | None,
+    strict: bool,
+    as_json: bool,
+    plot: str | None,
+) -> int:
+    from jaxllm.spec.layout import Layout
+    from jaxllm.spec.machine import Machine
+    from jaxllm.spec.model import ModelConfig
+    from jaxllm.spec.validate import default_batch, default_sequence, validate
+    from jaxllm.spec.workload import Workload
+
+    model = ModelConfig.load(model_text)
+    mesh = Machine.load(mesh_text)
+    layout = Layout.parse(layout_text)
+    target = _target(target, mesh, run)
+    batch_size, sequence = _size("--batch", batch), _size("--seq", seq)
+    precision = precision or ("f32" if target == "cpu" else "bf16-f32")
+    if explain is not None:
+        from jaxllm.report.explain import check_name
+
+        check_name(explain)
+    path = _plot_path(plot)
+
+    # All that can be wrong is found before the long work; `max` is at least the default.
+    least = Workload(
+        batch=batch_size if isinstance(batch_size, int) else default_batch(layout),
+        sequence=sequence if isinstance(sequence, int) else default_sequence(model),
+        precision=precision,
+        optimizer=optimizer,
+        gradient_dtype=gradient_dtype or "",
+    )
+    validate(model, layout, mesh.devices, least)
+
+    with _progress() as say:
+        say("starting JAX")
+        from jaxllm.targets import start
+
+        start.prepare(target, mesh.devices)  # some of it is read when JAX is imported
+        with start.quiet():
+            from jaxllm import check as pipeline
+
+            def resolved(share: float = 1.0) -> Workload:
+                return pipeline.resolve(
+                    model, layout, mesh, batch_size, sequence, precision, optimizer, gradient_dtype or "", share=share
+                )
+
+            options: dict[str, Any] = {"target": target, "run": run, "progress": say}
+            if "max" in (batch_size, sequence):
+                workload, comparison = pipeline.check_largest(model, layout, mesh, resolved, **options)
+            else:
+                workload = resolved()
+                comparison = pipeline.check(model, layout, mesh, workload, **options)
+
+    from jaxllm.report import Setup, exit_code
+    from jaxllm.report.document import versions
+
+    setup = Setup(model, layout, mesh, workload, target, versions(target))
+    _show(comparison, setup, explain=explain, as_json=as_json)
+    if path is not None:
+        from jaxllm.report.plot import save_plot
+
+        save_plot(comparison, setup, path)
+        print(f"jaxllm: wrote {path}", file=sys.stderr)
+    return exit_code(comparison, strict=strict)
+
+
+def _show(comparison: Comparison, setup: Setup, *, explain: str | None, as_json: bool) -> None:
+    from jaxllm.report import explain as explaining
+
+    if as_json:
+        from jaxllm.report.document import document
+
+        result = document(comparison, setup)
+        if explain is not None:
+            result["explain"] = explaining.explanation(comparison, setup, explain)
+        print(json.dumps(result, indent=2))
+        return
+    from jaxllm.report.table import console, print_comparison
+
+    out = console()
+    if explain is not None:
+        explaining.find(comparison, explain)  # an unknown line is told before the table, not under it
+    print_comparison(comparison, setup, out)
+    if explain is not None:
+        explaining.print_explanation(comparison, setup, explain, out)
+
+
+def _models(text: str | None, as_json: bool) -> int:
+    from jaxllm.spec.model import ModelConfig
+
+    if text is not None:
+        _describe(text, ModelConfig.load(text), as_json)
+        return 0
+    known = ModelConfig.presets()
+    heads = ("model", "parameters", "L", "D", "F", "N", "K", "H", "V", "max T")
+    rows = [
+        (name, m.parameters, m.layers, m.d_model, m.d_ff, m.heads, m.kv_heads, m.head_dim, m.vocab, m.max_sequence)
+        for name, m in known.items()
+    ]
+    _list(known, heads, rows, as_json)
+    return 0
+
+
+def _meshes(text: str | None, as_json: bool) -> int:
+    from jaxllm.report.units import human
+    from jaxllm.spec.machine import Machine
+
+    if text is not None:
+        # a machine's figures do not depend on its size: `h100:16` is taken as well and adds the size
+        noun = Machine.load(text) if ":" in text else Machine.read(text)
+        _describe(text, noun, as_json)
+        return 0
+    known = {name: Machine.read(name) for name in Machine.names()}
+    heads = ("machine", "target", "memory", "usable", "bf16", "node", "description")
+    rows = [
+        (
+            name,
+            m.target,
+            human(m.memory_bytes),
+            human(m.capacity),
+            human(m.peak_flops.get("bf16"), "FLOP/s"),
+            m.node_size,
+            m.description,
+        )
+        for name, m in known.items()
+    ]
+    _list(known, heads, rows, as_json)
+    return 0
+
+
+def _list(known: dict[str, Any], heads: tuple[str, ...], rows: list[tuple[Any, ...]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({name: noun.to_json() for name, noun in known.items()}, indent=2))
+        return
+    from jaxllm.report.table import console, print_listing
+
+    print_listing(console(), heads, rows)
+
+
+def _describe(name: str, noun: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(noun.to_json(), indent=2))
+        return
+    from jaxllm.report.table import console, print_figures
+
+    print_figures(console(), name, noun.describe())
+
+
+def _target(text: str | None, mesh: Any, run: bool) -> str:
+    """The compiler to ask. Raises SpecError where machine, size, target and --run do not go together."""
+    own = mesh.machine.target
+    target = own if text is None else text
+    if target not in TARGETS:
+        raise SpecError(f"--target: unknown target {target!r}; {nearest(target, TARGETS)}")
+    if target in ("gpu", "tpu") and target != own:
+        raise SpecError(
+            f"--target {target} cannot compile for {mesh}, whose compiler is {own}; "
+            f"leave --target out, or emulate it with --target cpu."
+        )
+    if target == "cpu" and mesh.devices > MOST_EMULATED:
+        raise SpecError(
+            f"--target cpu emulates up to {MOST_EMULATED:,} devices and {mesh} has {mesh.devices:,}; "
+            + (f"use --target {own}, or a smaller mesh." if own != "cpu" else "use a smaller mesh.")
+        )
+    if run and target not in ("cpu", "local"):
+        raise SpecError(
+            f"--run needs devices that are here and --target {target} only compiles; use --target cpu or local."
+        )
+    return target
+
+
+def _size(option: str, text: str | None) -> int | Literal["max"] | None:
+    """A whole number of 1 or more, `max`, or None when left out. Raises SpecError."""
+    if text is None or text == "max":
+        return text
+    if not (text.isascii() and text.isdecimal()) or len(text) > 9 or int(text) < 1:
+        raise SpecError(f"{option} {text} is neither a whole number from 1 to 10^9 nor max; write it like {option} 8.")
+    return int(text)
+
+
+def _plot_path(text: str | None) -> Path | None:
+    if text is None:
+        return None
+    from jaxllm.report.plot import check_path
+
+    return check_path(text)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Yields a function that says what is being done: a spinner on a terminal, else a line each."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield lambda message: print(f"jaxllm: {message}", file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+
+    with Console(stderr=True, highlight=False, markup=False).status("starting") as status:
+        yield status.update
+
+
+if __name__ == "__main__":
+    sys.exit(main())

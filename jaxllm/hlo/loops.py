@@ -1,0 +1,184 @@
+"""How often each computation runs: trip counts of loops, multiplied along the call graph."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+
+from jaxllm.hlo.graph import PASSES, Computation, Instruction, Module
+from jaxllm.hlo.phases import join
+
+
+@dataclass(frozen=True)
+class Context:
+    """One way in which a computation is reached: how often per step, through which loops, from which call."""
+
+    count: int = 1
+    trips: tuple[int, ...] = ()  # of the loops around it, outermost first
+    caller: str = ""  # op_name of the calls around it, to which the names inside are relative
+    thread: str = ""  # name of the async or fusion instruction that runs it, if one does
+
+    def op_name(self, instruction: Instruction) -> str:
+        return join(self.caller, instruction.op_name)
+
+
+@dataclass(frozen=True)
+class Executions:
+    """For each computation that runs, the contexts in which it does, and what could not be told."""
+
+    contexts: dict[int, tuple[Context, ...]]  # computation id -> contexts
+    unexplained: tuple[str, ...]
+
+    def of(self, computation: Computation) -> tuple[Context, ...]:
+        return self.contexts.get(computation.id, ())
+
+
+def executions(module: Module) -> Executions:
+    """Walks the call graph from the entry. A loop whose trip count is unknown is counted once, and reported."""
+    contexts: dict[int, list[Context]] = {module.entry.id: [Context()]}
+    unexplained: list[str] = []
+    # Callees are listed before callers, so in reverse all contexts of a computation are known when it is reached.
+    for computation in reversed(module.computations.values()):
+        here = contexts.get(computation.id)
+        if not here:
+            continue
+        for instruction in computation.instructions:
+            if not instruction.called_ids:
+                continue
+            opcode = instruction.opcode
+            if opcode == "while":
+                body, condition = module.while_parts(instruction)
+                trips = trip_count(module, computation, instruction)
+                if trips is None:
+                    unexplained.append(f"trip count of {instruction.name} ({module.source(instruction)}): counted once")
+                    trips = 1
+                for context in here:
+                    inside = replace(context, count=context.count * trips, trips=(*context.trips, trips))
+                    contexts.setdefault(body.id, []).append(inside)
+                    contexts.setdefault(condition.id, []).append(replace(inside, count=context.count * (trips + 1)))
+                continue
+            if opcode == "conditional" and any(_works(module, branch) for branch in module.called(instruction)):
+                unexplained.append(f"branches of {instruction.name} ({module.source(instruction)}): each counted once")
+            for called in module.called(instruction):
+                for context in here:
+                    if opcode == "call":
+                        context = replace(context, caller=context.op_name(instruction))
+                    elif opcode.startswith("async-") or opcode == "fusion":
+                        context = replace(context, thread=instruction.name)
+                    contexts.setdefault(called.id, []).append(context)
+    return Executions({key: tuple(value) for key, value in contexts.items()}, tuple(unexplained))
+
+
+def _works(module: Module, computation: Computation) -> bool:
+    """Whether a computation, or one that it runs, holds a matmul or a collective."""
+    return any(
+        instruction.opcode in ("dot", "convolution", "collective-permute")
+        or instruction.opcode.startswith(("all-", "reduce-scatter"))
+        or any(_works(module, called) for called in module.called(instruction))
+        for instruction in computation.instructions
+    )
+
+
+def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
+    """Trip count of a `while`: the compiler's own figure, else from its condition and step, else None."""
+    config = loop.proto.backend_config
+    if b"known_trip_count" in config:
+        return int(json.loads(config)["known_trip_count"]["n"])
+    body, condition = module.while_parts(loop)
+    slot_and_limit = _limit(module, condition)
+    if slot_and_limit is None:
+        return None
+    slot, limit, direction = slot_and_limit
+    start = _constant(module, computation, computation.operand(loop), (slot,))
+    step = _step(module, body, slot)
+    if start is None or step is None or step == 0:
+        return None
+    distance = limit - start + (direction == "LE") - (direction == "GE")
+    if (step > 0) != (direction in ("LT", "LE")):
+        return None
+    return max(0, -(-distance // step))
+
+
+@dataclass(frozen=True)
+class _Value:
+    """An array followed to where it is made: an element of the parameter of its loop, an integer, or another."""
+
+    slot: int | None = None
+    constant: int | None = None
+    made_by: Instruction | None = None
+    made_in: Computation | None = None
+    arguments: tuple[_Value, ...] | None = None  # of the function `made_in`, when it was entered by a call
+
+
+def _follow(
+    module: Module,
+    computation: Computation,
+    instruction: Instruction,
+    index: tuple[int, ...] = (),
+    arguments: tuple[_Value, ...] | None = None,
+) -> _Value:
+    """Follows an array back through copies, tuples, calls and fusions. `index` is where it sits in a tuple, and
+    `arguments` what the function got that `computation` is, when it was entered by a call."""
+    while True:
+        opcode = instruction.opcode
+        if opcode in PASSES and instruction.operand_ids:
+            instruction = computation.operand(instruction)
+        elif opcode == "get-tuple-element":
+            index = (instruction.proto.tuple_index, *index)
+            instruction = computation.operand(instruction)
+        elif opcode == "tuple" and index:
+            instruction, index = computation.operand(instruction, index[0]), index[1:]
+        elif opcode in ("call", "fusion") and instruction.called_ids:
+            arguments = tuple(_follow(module, computation, o, (), arguments) for o in computation.operands(instruction))
+            computation = module.called(instruction)[0]
+            instruction = computation.root
+        elif opcode == "parameter" and arguments is not None:
+            value = arguments[instruction.proto.parameter_number]
+            if index and value.made_by is not None and value.made_by.opcode == "parameter":
+                return _Value(slot=index[0])  # the loop's tuple handed to a function whole
+            return value
+        elif opcode == "parameter" and index:
+            return _Value(slot=index[0])
+        elif opcode == "constant":
+            literal = instruction.proto.literal
+            values = literal.s32s or literal.s64s or literal.u32s or literal.u64s
+            return _Value(constant=values[0] if len(values) == 1 else None, made_by=instruction, made_in=computation)
+        else:
+            return _Value(made_by=instruction, made_in=computation, arguments=arguments)
+
+
+def _operands(module: Module, value: _Value) -> list[_Value]:
+    assert value.made_by is not None and value.made_in is not None
+    return [_follow(module, value.made_in, o, (), value.arguments) for o in value.made_in.operands(value.made_by)]
+
+
+def _limit(module: Module, condition: Computation) -> tuple[int, int, str] | None:
+    """(slot of the induction variable, limit, direction) of a condition that compares the one with the other."""
+    value = _follow(module, condition, condition.root)
+    if value.made_by is None or value.made_by.opcode != "compare":
+        return None
+    left, right = _operands(module, value)
+    direction = value.made_by.proto.comparison_direction
+    if left.slot is None and right.slot is not None:
+        left, right = right, left
+        direction = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE"}.get(direction, direction)
+    if left.slot is None or right.constant is None or direction not in ("LT", "LE", "GT", "GE"):
+        return None
+    return left.slot, right.constant, direction
+
+
+def _step(module: Module, body: Computation, slot: int) -> int | None:
+    """The constant that a loop's body adds to its slot."""
+    value = _follow(module, body, body.root, (slot,))
+    if value.made_by is None or value.made_by.opcode not in ("add", "subtract"):
+        return None
+    left, right = _operands(module, value)
+    if value.made_by.opcode == "add" and left.slot is None:
+        left, right = right, left
+    if left.slot != slot or right.constant is None:
+        return None
+    return right.constant if value.made_by.opcode == "add" else -right.constant
+
+
+def _constant(module: Module, computation: Computation, instruction: Instruction, index: tuple[int, ...]) -> int | None:
+    return _follow(module, computation, instruction, index).constant

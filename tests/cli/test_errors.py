@@ -1,0 +1,92 @@
+"""Every bad input is one sentence on standard error and exit code 2, long before JAX is imported."""
+
+import subprocess
+import sys
+
+import pytest
+
+from jaxllm.cli import main
+
+GOOD = {"--mesh": "h100:8", "--layout": "data=8"}
+
+
+def check(model="llama-3-8b", **options):
+    given = {**GOOD, **{f"--{name.replace('_', '-')}": value for name, value in options.items()}}
+    flat = [part for name, value in given.items() for part in ([name] if value is True else [name, value])]
+    return ["check", model, *flat]
+
+
+BAD = {
+    "no command": ([], "name a command"),
+    "unknown command": (["chekc"], "chekc"),
+    "no model": (["check"], "MODEL"),
+    "no mesh": (["check", "llama-tiny", "--layout", "data=8"], "--mesh"),
+    "no layout": (["check", "llama-tiny", "--mesh", "cpu:8"], "--layout"),
+    "unknown option": ([*check(), "--fast"], "--fast"),
+    "option without value": (["check", "llama-tiny", "--mesh"], "--mesh"),
+    "too many arguments": ([*check(), "more"], "more"),
+    "unknown model": (check("llama-3-8c"), "did you mean 'llama-3-8b'"),
+    "unknown machine": (check(mesh="h10:8"), "did you mean 'h100'"),
+    "no size": (check(mesh="h100"), "h100:8"),
+    "unknown key": (check(layout="dta=8"), "did you mean 'data'"),
+    "too few devices": (check(layout="data=4"), "data=8 would fill it"),
+    "batch is no number": (check(batch="many"), "write it like --batch 8"),
+    "batch of zero": (check(batch="0"), "1 to 10^9"),
+    "negative batch": (check(batch="-8"), "-8"),
+    "huge batch": (check(batch="9" * 5000), "--batch 8"),
+    "digits of another script": (check(batch="٨"), "--batch 8"),
+    "batch that does not divide": (check(batch="12"), "8 would do"),
+    "long sequence": (check(seq="8193"), "--seq 8192 or less"),
+    "unknown precision": (check(precision="fp8"), "bf16-f32"),
+    "unknown optimizer": (check(optimizer="sgd"), "adamw"),
+    "unknown gradient dtype": (check(gradient_dtype="f16"), "choose f32 or bf16"),
+    "unknown target": (check(target="npu"), "unknown target"),
+    "gpu for a tpu mesh": (check(mesh="v5e:2x4", target="gpu"), "--target cpu"),
+    "tpu for a gpu mesh": (check(target="tpu"), "--target cpu"),
+    "gpu for a cpu mesh": (check(mesh="cpu:8", target="gpu"), "whose compiler is cpu"),
+    "too many to emulate": (check(mesh="h100:2048x8", layout="data=2048,tensor=8", target="cpu"), "2,048"),
+    "run without devices": (check(run=True), "--target cpu or local"),
+    "unknown line": (check(explain="speed"), "no line has such a name"),
+    "picture of an unknown kind": (check(plot="x.gif"), ".png, .svg or .pdf"),
+    "picture in no folder": (check(plot="/no/such/folder/x.png"), "no folder"),
+    "unknown model to list": (["models", "llama"], "llama"),
+    "unknown machine to list": (["meshes", "h10"], "did you mean 'h100'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_one_sentence(name, capsys):
+    arguments, way_out = BAD[name]
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("jaxllm: ") and shown.err.count("\n") == 1 and shown.err.endswith("\n")
+    assert way_out in shown.err
+
+
+def test_none_of_it_needs_jax():
+    code = f"""
+import sys
+from jaxllm.cli import main
+for arguments in {[arguments for arguments, _ in BAD.values()]!r}:
+    assert main(arguments) == 2
+assert not {{"numpy", "jax"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def shell(command):
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    done = shell(f"{sys.executable} -m jaxllm models llama-3-8b --json | true; echo ${{PIPESTATUS[0]}}")
+    assert done.stderr == ""
+    assert done.stdout.strip() in ("141", "0")  # 0 when all was written before the reader left
+
+
+def test_a_full_disk_is_one_sentence():
+    done = shell(f"{sys.executable} -m jaxllm models > /dev/full")
+    assert done.returncode == 2
+    assert done.stderr == "jaxllm: the result cannot be written: the disk is full; make room or write elsewhere.\n"

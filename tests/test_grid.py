@@ -1,0 +1,42 @@
+"""A pairwise cover of the grid: every line of every cell is equal, and nothing is unexplained."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+
+from jaxllm.spec.errors import TargetError
+from tests import grid
+
+REQUIRED = os.environ.get("JAXLLM_REQUIRE_TARGETS") or os.environ.get("CI")
+
+
+@pytest.mark.parametrize("cell", [cell for mesh in grid.MESHES for cell in grid.pairwise(mesh)], ids=lambda c: c.name)
+def test_every_line_of_the_cell_is_equal(cell: grid.Cell) -> None:
+    try:
+        result = grid.run(cell)
+    except TargetError as error:
+        if REQUIRED:
+            raise
+        pytest.skip(f"this machine has no such compiler: {error}")
+    assert result["bad"] == []
+    assert result["unexplained"] == []
+    assert result["lines"] >= 9
+
+
+def test_the_cover_meets_every_pair_of_values() -> None:
+    for mesh, precisions in grid.MESHES.items():
+        chosen = grid.pairwise(mesh)
+        columns = {
+            "precision": precisions, "degrees": grid.DEGREES, "zero": grid.ZERO, "remat": grid.REMAT,
+            "microbatches": grid.MICROBATCHES,
+        }  # fmt: skip
+        for (one, values), (other, others) in itertools.combinations(columns.items(), 2):
+            met = {(getattr(cell, one), getattr(cell, other)) for cell in chosen}
+            assert met == set(itertools.product(values, others)), (mesh, one, other)
+
+
+def test_the_grid_is_the_whole_product() -> None:
+    assert len(grid.cells()) == len(set(grid.cells())) == 4 * 5 * 4 * 2 * 2
