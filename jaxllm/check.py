@@ -60,7 +60,7 @@ def measure(compiled: Compiled) -> Ledger:
     from jaxllm.hlo import Dump, measure
 
     built = compiled.lowered.built
-    dump = Dump.find(compiled.dump.name, compiled.lowered.compiler)
+    dump = Dump.find(compiled.dump.name, compiled.lowered.compiler, devices=built.mesh.size)
     return measure(dump, built.axes, logical_bytes=built.logical_bytes)
 
 
