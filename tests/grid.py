@@ -1,4 +1,4 @@
-"""The grid: every layout of llama-tiny on every target, line by line. `make grid` runs all of it.
+"""The grid: every layout of llama-tiny on every target, and real models at real size. `make grid` runs all of it.
 
     python -m tests.grid            what is missing, in parallel processes; then writes docs/grid.md
     python -m tests.grid --fresh    all of it again
@@ -38,6 +38,17 @@ ZERO = (0, 1, 2, 3)
 REMAT = ("none", "full")
 MICROBATCHES = (1, 4)
 
+# Real models, all with remat=full: model, mesh, degrees, ZeRO stages, sequence. One sequence a device.
+REAL = (
+    ("llama-2-7b", "h100:64", "data=64", (0, 3), 4096),
+    ("llama-2-7b", "h100:64", "data=8,tensor=8", (1, 3), 4096),
+    ("llama-2-7b", "v5p:4x4x4", "data=64", (1, 3), 4096),
+    ("llama-2-7b", "v5p:4x4x4", "data=8,tensor=8", (0, 3), 4096),
+    ("llama-3-70b", "h100:512", "data=512", (1, 3), 8192),
+    ("llama-3-70b", "h100:512", "data=64,tensor=8", (0, 3), 8192),
+    ("llama-3.1-405b", "h100:2048x8", "data=2048,tensor=8", (3,), 8192),
+)
+
 WORKERS = 2
 CELLS_A_PROCESS = 20  # starting jax is paid once for so many
 
@@ -50,6 +61,8 @@ class Cell:
     zero: int
     remat: str
     microbatches: int
+    model: str = MODEL
+    sequence: int | None = None
 
     @property
     def layout(self) -> str:
@@ -57,7 +70,16 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.mesh} {self.precision} {self.layout}"
+        return f"{self.model} {self.mesh} {self.precision} {self.layout}"
+
+
+def real() -> list[Cell]:
+    """The cells at real size."""
+    return [
+        Cell(mesh, "bf16-f32", degrees, stage, "full", 1, model, sequence)
+        for model, mesh, degrees, stages, sequence in REAL
+        for stage in stages
+    ]
 
 
 def cells(mesh: str | None = None) -> list[Cell]:
@@ -70,19 +92,23 @@ def cells(mesh: str | None = None) -> list[Cell]:
     ]
 
 
+def everything() -> list[Cell]:
+    return cells() + real()
+
+
 def pairwise(mesh: str) -> list[Cell]:
     """Few cells of a mesh in which every pair of values of two columns occurs: greedy, and the same each time."""
-    everything = cells(mesh)
+    candidates = cells(mesh)
     columns = ("precision", "degrees", "zero", "remat", "microbatches")
 
     def pairs(cell: Cell) -> set[tuple]:
         values = [(column, getattr(cell, column)) for column in columns]
         return set(itertools.combinations(values, 2))
 
-    missing = set().union(*map(pairs, everything))
+    missing = set().union(*map(pairs, candidates))
     chosen: list[Cell] = []
     while missing:
-        best = max(everything, key=lambda cell: len(pairs(cell) & missing))
+        best = max(candidates, key=lambda cell: len(pairs(cell) & missing))
         chosen.append(best)
         missing -= pairs(best)
     return chosen
@@ -95,8 +121,8 @@ def run(cell: Cell) -> dict[str, Any]:
     from jaxllm.spec.machine import Machine
     from jaxllm.spec.model import ModelConfig
 
-    model, layout, mesh = ModelConfig.load(MODEL), Layout.parse(cell.layout), Machine.load(cell.mesh)
-    workload = resolve(model, layout, mesh, None, None, cell.precision)
+    model, layout, mesh = ModelConfig.load(cell.model), Layout.parse(cell.layout), Machine.load(cell.mesh)
+    workload = resolve(model, layout, mesh, None, cell.sequence, cell.precision)
     comparison = check(model, layout, mesh, workload)
     return {
         "lines": len(comparison.rows),
@@ -130,7 +156,8 @@ def _work(batch: list[Cell]) -> None:
     from jaxllm.spec.machine import Machine
     from jaxllm.targets import start
 
-    start.prepare(Machine.load(batch[0].mesh).target, 8)
+    mesh = Machine.load(batch[0].mesh)
+    start.prepare(mesh.target, mesh.devices)
     for cell in batch:
         path = _kept(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,45 +169,60 @@ def _work(batch: list[Cell]) -> None:
 
 
 def _spawn(batch: list[Cell]) -> int:
-    names = json.dumps([cells().index(cell) for cell in batch])
+    names = json.dumps([everything().index(cell) for cell in batch])
     environment = os.environ | {"JAXLLM_CACHE": "", "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-m", "tests.grid", "--work", names], cwd=ROOT, env=environment).returncode
 
 
+def _result(cell: Cell) -> dict[str, Any]:
+    return json.loads(_kept(cell).read_text())
+
+
 def table() -> str:
     """docs/grid.md, from the results that are kept."""
-    rows, total, equal = [], 0, 0
-    for mesh, precisions in MESHES.items():
-        for precision in precisions:
-            for degrees in DEGREES:
-                found = [
-                    json.loads(_kept(cell).read_text())
-                    for cell in cells(mesh)
-                    if (cell.precision, cell.degrees) == (precision, degrees)
-                ]
-                lines, same = sum(cell["lines"] for cell in found), sum(cell["equal"] for cell in found)
-                rules = sorted({rule for cell in found for rule in cell["rules"]})
-                unexplained = sum(len(cell["unexplained"]) for cell in found)
-                total, equal = total + lines, equal + same
-                rows.append(
-                    f"| {mesh} | {precision} | {degrees} | {len(found)} | {same:,} of {lines:,} | {unexplained} "
-                    f"| {', '.join(rules) or '-'} |"
-                )
     import jax
 
+    small, total, equal = [], 0, 0
+    for mesh, precisions in MESHES.items():
+        for precision, degrees in itertools.product(precisions, DEGREES):
+            found = [_result(c) for c in cells(mesh) if (c.precision, c.degrees) == (precision, degrees)]
+            lines, same = sum(cell["lines"] for cell in found), sum(cell["equal"] for cell in found)
+            rules = sorted({rule for cell in found for rule in cell["rules"]})
+            unexplained = sum(len(cell["unexplained"]) for cell in found)
+            total, equal = total + lines, equal + same
+            small.append(
+                f"| {mesh} | {precision} | {degrees} | {len(found)} | {same:,} of {lines:,} | {unexplained} "
+                f"| {', '.join(rules) or '-'} |"
+            )
+    large = []
+    for cell in real():
+        found = _result(cell)
+        predicted, compiled = found["peak"]
+        large.append(
+            f"| {cell.model} | {cell.mesh} | {cell.degrees},zero={cell.zero} | {cell.sequence:,} "
+            f"| {found['equal']} of {found['lines']} | {len(found['unexplained'])} | {predicted / 1e9:.1f} GB "
+            f"| {compiled / 1e9:.1f} GB | {(predicted - compiled) / compiled:+.1%} | {found['seconds']['compile']:.0f} s |"
+        )
     return "\n".join(
         [
             "# The grid",
             "",
-            f"Written by `make grid` on Python {platform.python_version()} with jax {jax.__version__}: {MODEL}, each row "
-            f"over ZeRO stages 0 to 3, remat none and full, 1 and 4 microbatches.",
+            f"Written by `make grid` on Python {platform.python_version()} with jax {jax.__version__}.",
             "",
-            f"**{equal:,} of {total:,} lines are equal.** A line is one kind of memory, the matmuls of one phase, or one "
-            "kind of collective over some mesh axes in one phase, in payload and wire bytes.",
+            f"**{MODEL}: {equal:,} of {total:,} lines are equal.** A line is one kind of memory, the matmuls of one "
+            "phase, or one kind of collective over some mesh axes in one phase, in payload and wire bytes. Each row is "
+            "over ZeRO stages 0 to 3, remat none and full, 1 and 4 microbatches.",
             "",
             "| mesh | precision | degrees | cells | equal lines | unexplained | rules |",
             "|---|---|---|---|---|---|---|",
-            *rows,
+            *small,
+            "",
+            "**Real models**, bf16-f32, remat=full, one sequence for each device along data. The peak of the closed "
+            "form is an estimate; every other line is exact. Compiled, not run.",
+            "",
+            "| model | mesh | layout | T | equal lines | unexplained | peak, closed form | peak, XLA | | compile |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+            *large,
             "",
         ]
     )
@@ -192,29 +234,29 @@ def main() -> int:
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        _work([cells()[index] for index in json.loads(options.work)])
+        _work([everything()[index] for index in json.loads(options.work)])
         return 0
     if options.fresh:
-        for cell in cells():
+        for cell in everything():
             _kept(cell).unlink(missing_ok=True)
-    missing = [cell for cell in cells() if not _kept(cell).exists()]
+    missing = [cell for cell in everything() if not _kept(cell).exists()]
     batches = [
         group[start : start + CELLS_A_PROCESS]
-        for mesh in MESHES
+        for mesh in dict.fromkeys(cell.mesh for cell in missing)
         for group in [[cell for cell in missing if cell.mesh == mesh]]
         for start in range(0, len(group), CELLS_A_PROCESS)
     ]
-    print(f"{len(missing)} of {len(cells())} cells to run, in {WORKERS} processes at a time", flush=True)
+    print(f"{len(missing)} of {len(everything())} cells to run, in {WORKERS} processes at a time", flush=True)
     start = time.perf_counter()
     with ThreadPoolExecutor(WORKERS) as pool:
         failed = sum(bool(job.result()) for job in as_completed([pool.submit(_spawn, batch) for batch in batches]))
-    if failed or any(not _kept(cell).exists() for cell in cells()):
+    if failed or any(not _kept(cell).exists() for cell in everything()):
         print(f"{failed} processes failed; run it again to go on", file=sys.stderr)
         return 1
     TABLE.write_text(table())
-    bad = [cell for cell in cells() for kept in [json.loads(_kept(cell).read_text())] if kept["bad"] or kept["unexplained"]]
+    bad = [cell for cell in everything() if _result(cell)["bad"] or _result(cell)["unexplained"]]
     for cell in bad[:20]:
-        print(f"{cell.name}: {json.loads(_kept(cell).read_text())['bad']}")
+        print(f"{cell.name}: {_result(cell)['bad'] or _result(cell)['unexplained']}")
     print(f"wrote {TABLE.relative_to(ROOT)}; {len(bad)} cells differ; {time.perf_counter() - start:.0f} s")
     return 1 if bad else 0
 

@@ -40,3 +40,4 @@ def test_the_cover_meets_every_pair_of_values() -> None:
 
 def test_the_grid_is_the_whole_product() -> None:
     assert len(grid.cells()) == len(set(grid.cells())) == 4 * 5 * 4 * 2 * 2
+    assert len(set(grid.everything())) == len(grid.cells()) + len(grid.real())

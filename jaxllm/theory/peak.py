@@ -36,7 +36,7 @@ def _block(s: Symbols) -> tuple[Term, ...]:
     rows = s.b * s.T
     stream = 4 * s.D + 2 * s.N * s.H // s.t + 2 * kv_heads(s) * s.H + 4 * s.F // s.t
     return (
-        Term("scores and their gradients", rows * s.T * (s.N // s.t) * (4 + 3 * s.c), "b N/t T^2 (4 + 3 c)"),
+        Term("scores and their gradients", rows * s.T * (s.N // s.t) * (4 + 2 * s.c), "b N/t T^2 (4 + 2 c)"),
         Term("activations and their gradients", rows * stream * s.c, "b T (4 D + 2 (N + K) H/t + 4 F/t) c"),
         Term("weights of the layer", layer * s.c * _copied(s), "a layer's weights, c bytes each, gathered or cast"),
         Term("their gradients", layer * (s.c + s.g), "the same in c and g bytes, on the way to the accumulator"),

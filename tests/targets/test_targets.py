@@ -1,0 +1,183 @@
+"""The targets: what they need, what they say when it is missing, and that they keep quiet."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from jaxllm import targets
+from jaxllm.cache import recalled
+from jaxllm.check import build
+from jaxllm.spec.errors import SpecError, TargetError
+from jaxllm.spec.layout import Layout
+from jaxllm.spec.ledger import Ledger, Line, Rule, Term
+from jaxllm.spec.machine import Machine
+from jaxllm.spec.model import ModelConfig
+from jaxllm.spec.workload import Workload
+from jaxllm.targets import compiler, gpu, start
+
+TINY = ModelConfig.load("llama-tiny")
+
+CHECK = [sys.executable, "-m", "jaxllm", "check", "llama-tiny"]
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in packages else found(name, *rest))
+
+
+def test_targets_are_discovered() -> None:
+    assert targets.names() == ("cpu", "gpu", "local", "tpu")
+    with pytest.raises(SpecError, match="'tpx'; did you mean 'tpu'"):
+        targets.module("tpx")
+
+
+@pytest.mark.parametrize(("mesh", "packages", "extra"), [
+    ("h100:8", ("jax_cuda12_plugin", "jax_cuda13_plugin"), "gpu-target"),
+    ("v5e:2x4", ("libtpu",), "tpu-target"),
+])  # fmt: skip
+def test_a_missing_compiler_is_told_with_the_line_that_installs_it(monkeypatch, mesh, packages, extra) -> None:
+    without(monkeypatch, *packages)
+    with pytest.raises(TargetError, match=rf"not installed: pip install 'jaxllm\[{extra}\]'"):
+        build(TINY, Layout.parse("data=8"), Machine.load(mesh), Workload(8, 64))
+
+
+def test_missing_ptxas_is_told(monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "_ptxas", lambda: None)
+    with pytest.raises(TargetError, match="ptxas"):
+        gpu.devices(Machine.load("h100:8"))
+
+
+def test_too_many_emulated_devices_are_refused() -> None:
+    with pytest.raises(SpecError, match="4096 virtual devices are more than XLA:CPU can hold"):
+        start.prepare("cpu", 4096)
+
+
+def test_devices_that_are_not_here_are_refused() -> None:
+    mesh = Machine.load("cpu:16")
+    for target in ("cpu", "local"):
+        with pytest.raises(TargetError, match="16"):
+            build(TINY, Layout.parse("data=16"), mesh, Workload(16, 64), target=target)
+
+
+def test_local_is_the_program_on_the_devices_here() -> None:
+    built = build(TINY, Layout.parse("data=8"), Machine.load("h100:8"), Workload(8, 64), target="local")
+    assert {device.platform for device in built.mesh.devices.flat} == {"cpu"}
+
+
+def test_the_card_is_described_with_its_memory_unbounded() -> None:
+    machine = Machine.read("h100")
+    text = gpu.target_config(machine)
+    assert f"device_memory_size: {machine.compiler['device_memory_size'] * gpu.UNBOUNDED}" in text
+    assert "cuda_compute_capability { major: 9 minor: 0 }" in text
+
+
+def test_the_message_of_a_refusal_has_the_totals() -> None:
+    text = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+        "Used 20.10G of 15.75G hbm. Exceeded hbm capacity by 4.35G.\n\nTotal hbm usage >= 20.35G:"
+    )
+    assert "15.75G" in compiler.memory_message(text) or "hbm" in compiler.memory_message(text)
+
+
+def test_native_noise_stays_out_of_standard_error(capfd) -> None:
+    with start.quiet():
+        os.write(2, b"I0000 noise of native code\n")
+        print("a word of ours", file=sys.stderr)
+    captured = capfd.readouterr()
+    assert "noise" not in captured.err
+
+
+def test_noise_is_attached_to_the_error_it_led_to() -> None:
+    with pytest.raises(ValueError) as caught, start.quiet():
+        os.write(2, b"F0000 the reason\n")
+        raise ValueError("it failed")
+    assert "the reason" in "".join(caught.value.__notes__)
+
+
+def test_an_interrupt_need_not_wait_for_the_compiler() -> None:
+    release = threading.Event()
+    result: list[object] = []
+    waiter = threading.Thread(target=lambda: result.append(compiler._interruptible(lambda: release.wait(10))))
+    waiter.start()
+    release.set()
+    waiter.join(5)
+    assert result == [True]
+    with pytest.raises(ZeroDivisionError):
+        compiler._interruptible(lambda: 1 // 0)
+
+
+# ---------------------------------------------------------------- the cache
+
+
+class _Stages:
+    def __init__(self, text: str):
+        self.text = text
+
+    def as_text(self, debug_info: bool = False) -> str:
+        return self.text
+
+
+def _lowered(text: str) -> compiler.Lowered:
+    built = build(TINY, Layout.parse("data=8"), Machine.load("cpu:8"), Workload(8, 64))
+    return compiler.Lowered(built, _Stages(text), 0.0)
+
+
+LEDGER = Ledger(
+    "XLA:CPU",
+    (Line("collectives", "all-gather", 8, "forward", ("data",), "f32", 7, 2, 8, (Term("a", 8, "b", "c.py:1"),), (Rule("r", 1, "w"),)),),
+    peak=9,
+    peak_terms=(Term("x", 9),),
+    unexplained=("u",),
+)  # fmt: skip
+
+
+def test_a_ledger_is_recalled_by_program(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
+    calls = []
+
+    def measured():
+        calls.append(1)
+        return LEDGER, "", {"compile": 1.0}
+
+    first, second, other = (recalled(_lowered(text), measured) for text in ("one", "one", "two"))
+    assert len(calls) == 2
+    assert first[0] == second[0] == other[0] == LEDGER
+    assert "cached" in second[2] and "cached" not in first[2]
+
+
+def test_a_damaged_cache_is_as_good_as_none(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
+    recalled(_lowered("one"), lambda: (LEDGER, "", {}))
+    for path in tmp_path.iterdir():
+        path.write_text('{"ledger": {"author"')
+    assert recalled(_lowered("one"), lambda: (LEDGER, "again", {}))[1] == "again"
+
+
+def test_an_unwritable_cache_is_as_good_as_none(monkeypatch, tmp_path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("JAXLLM_CACHE", str(blocked / "below"))
+    assert recalled(_lowered("one"), lambda: (LEDGER, "", {}))[0] == LEDGER
+
+
+# ---------------------------------------------------------------- as a user meets them
+
+
+def test_several_checks_at_once_do_not_trip_over_each_other(tmp_path) -> None:
+    def one(mesh: str) -> subprocess.CompletedProcess:
+        arguments = [*CHECK, "--mesh", mesh, "--layout", "data=4,tensor=2,zero=3", "--seq", "32"]
+        environment = os.environ | {"JAXLLM_CACHE": str(tmp_path)}
+        environment.pop("XLA_FLAGS", None)
+        return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=300)
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in pool.map(one, ["v5e:2x4", "v5e:2x4", "h100:8"]):
+            assert done.returncode == 0, done.stderr
+            assert all(line.startswith("jaxllm: ") for line in done.stderr.splitlines()), done.stderr
