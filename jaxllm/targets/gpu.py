@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
 from jaxllm.spec.errors import TargetError
 
-INSTALL = "pip install 'jaxllm[gpu-target]' installs it (Linux on x86-64 or ARM)"
+INSTALL = "pip install 'jaxllm[gpu-target]' installs it"
+WHEELS = (("Linux", "x86_64"), ("Linux", "aarch64"))
 
 # XLA plans a program for 80 % of the card's memory and recomputes by itself when that is short, which would put
 # instructions into the ledger that nobody asked for. A card a thousand times larger never is.
@@ -32,6 +35,8 @@ def environment(devices: int) -> dict[str, str]:
 
 def devices(mesh: Any) -> list[Any]:
     """Descriptions of the cards of a mesh, node by node. Raises TargetError when the compiler is not installed."""
+    if (here := (platform.system(), platform.machine())) not in WHEELS:
+        raise TargetError(f"XLA:GPU has no wheel for {' '.join(here)}, only for Linux; --target cpu emulates the mesh.")
     if importlib.util.find_spec("jax_cuda12_plugin") is None and importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise TargetError(f"the gpu compiler is not installed: {INSTALL}.")
     if _ptxas() is None:
@@ -86,8 +91,6 @@ device_description_str: "{card["description"]}"
 
 def _ptxas() -> Path | None:
     """ptxas on the PATH, or the one that NVIDIA's wheels bring."""
-    import shutil
-
     if found := shutil.which("ptxas"):
         return Path(found)
     spec = importlib.util.find_spec("nvidia")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
 from typing import Any
 
 from jaxllm.spec.errors import TargetError
 
-INSTALL = "pip install 'jaxllm[tpu-target]' installs it (Linux on x86-64 only)"
+INSTALL = "pip install 'jaxllm[tpu-target]' installs it"
+WHEELS = (("Linux", "x86_64"),)
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -29,6 +31,8 @@ def environment(devices: int) -> dict[str, str]:
 
 def devices(mesh: Any) -> list[Any]:
     """Descriptions of the devices of a slice, in libtpu's order. Raises TargetError when libtpu is missing or refuses."""
+    if (here := (platform.system(), platform.machine())) not in WHEELS:
+        raise TargetError(f"libtpu has no wheel for {' '.join(here)}, only for Linux x86_64; --target cpu emulates the mesh.")
     if importlib.util.find_spec("libtpu") is None:
         raise TargetError(f"the tpu compiler, libtpu, is not installed: {INSTALL}.")
     from jax.experimental import topologies
