@@ -1,7 +1,5 @@
 """`python -m jaxllm`, the same as `jaxllm`."""
 
-import sys
+from jaxllm.cli import run
 
-from jaxllm.cli import main
-
-sys.exit(main())
+run()

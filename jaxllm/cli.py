@@ -30,6 +30,8 @@ TARGETS = ("cpu", "gpu", "tpu", "local")
 # XLA:CPU refuses 4,096 devices in one process; 2,048 compile.
 MOST_EMULATED = 2048
 
+INTERRUPTED = 130
+
 Work = Callable[[], int]
 
 app = typer.Typer(
@@ -38,6 +40,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def run() -> None:
+    """The `jaxllm` command: main, and the end of the process."""
+    code = main()
+    if code == INTERRUPTED:
+        # A compiler may still be at work in its thread, and ending Python around it is not safe: end at once.
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,11 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     except TargetError as error:
         return _fail(str(error), 3)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted", 130)
-        # A compiler may still be at work in its thread, and ending Python around it is not safe: end at once.
-        if "jax" in sys.modules:
-            os._exit(code)
-        return code
+        return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         # The reader has gone, as `head` does. Python flushes standard output once more at exit: to nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -381,4 +388,4 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -166,13 +166,13 @@ class Module:
         return [self.computations[called] for called in instruction.called_ids]
 
     def source(self, instruction: Instruction) -> str:
-        """`file.py:line` of the innermost frame that is no library's, or "" when the compiler kept none."""
+        """`file.py:line` of the innermost frame that is no library's, and who called it; "" when nothing was kept."""
         metadata = instruction.proto.metadata
         if metadata.source_line:
             return f"{Path(metadata.source_file).name}:{metadata.source_line}"
         places = list(self._stack(metadata.stack_frame_id))
         own = [place for place in places if not _LIBRARIES.search(place[0])]
-        return next((f"{Path(file).name}:{line}" for file, line in own or places), "")
+        return " < ".join(f"{Path(file).name}:{line}" for file, line in (own or places)[:2])
 
     def _stack(self, frame_id: int) -> Iterator[tuple[str, int]]:
         """File and line of the frames of a stack, innermost first. Ids count from 1, and 0 is none."""

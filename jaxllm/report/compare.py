@@ -213,8 +213,8 @@ def _row(left: Line | None, right: Line | None, not_comparable: Mapping[str, str
     wire_compiled = _wire(right) if collective else None
     unknown = left if predicted is None else right if compiled is None else None
     same = unknown is None and (predicted, wire_predicted) == (compiled, wire_compiled)
-    if some.section == "memory" and unknown is None and right is not None and right.rules:
-        # Padding is the one memory line that a rule accounts for: to the byte, or it differs.
+    if some.name == "padding" and unknown is None and right is not None:
+        # The one memory line that a rule may account for: to the byte, or it differs.
         same = same or predicted + sum(rule.bytes for rule in right.rules) == compiled
     reason = "" if same else not_comparable.get(some.label) or not_comparable.get(some.name) or ""
     if unknown is not None and not reason:

@@ -40,23 +40,12 @@ def find(comparison: Comparison, text: str) -> str:
 
 
 def symbols(setup: Setup) -> dict[str, Any]:
-    """The scaling book's letters, then the layout's degrees, with their values here."""
-    model, work, layout = setup.model, setup.workload, setup.layout
-    return {
-        "B": work.batch,
-        "T": work.sequence,
-        "D": model.d_model,
-        "F": model.d_ff,
-        "L": model.layers,
-        "N": model.heads,
-        "K": model.kv_heads,
-        "H": model.head_dim,
-        "V": model.vocab,
-        "Psi": model.parameters,
-        **layout.degrees,
-        "zero": layout.zero,
-        "microbatches": layout.microbatches,
-    }
+    """The letters that the closed form is written in, with their values here."""
+    from jaxllm.theory.symbols import Symbols  # it imports NumPy, which a help text should not
+
+    s = Symbols.of(setup.model, setup.layout, setup.workload)
+    letters = "L D F N K H V r n t z m b T p c g o".split()
+    return {"B": setup.workload.batch, "Psi": setup.model.parameters} | {name: getattr(s, name) for name in letters}
 
 
 def print_explanation(comparison: Comparison, setup: Setup, text: str, out: Console) -> None:

@@ -27,7 +27,7 @@ def pipeline(monkeypatch):
     module = ModuleType("jaxllm.check")
     module.answer, module.asked = AGREES, {}
 
-    def resolve(model, layout, mesh, batch, sequence, precision, optimizer, gradient_dtype):
+    def resolve(model, layout, mesh, batch, sequence, precision, optimizer, gradient_dtype, *, share):
         module.asked.update(batch=batch, sequence=sequence, precision=precision, optimizer=optimizer)
         sizes = [64 if size == "max" else size or 8 for size in (batch, sequence)]
         return Workload(*sizes, precision, optimizer, gradient_dtype)
@@ -39,7 +39,11 @@ def pipeline(monkeypatch):
             raise module.answer
         return module.answer
 
-    module.resolve, module.check = resolve, check
+    def check_largest(model, layout, mesh, resolved, **options):
+        workload = resolved(1.0)
+        return workload, check(model, layout, mesh, workload, **options)
+
+    module.resolve, module.check, module.check_largest = resolve, check, check_largest
     start = ModuleType("jaxllm.targets.start")
     start.quiet = contextlib.nullcontext
     start.prepare = lambda target, devices: module.asked.update(prepared=(target, devices))

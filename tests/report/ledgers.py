@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from jaxllm.report import RunResult, Setup
 from jaxllm.spec.layout import Layout
 from jaxllm.spec.ledger import Ledger, Line, Rule, Term, wire_bytes
+from jaxllm.spec.model import ModelConfig
 from jaxllm.spec.workload import Workload
 
 PADDED = Rule("tile-padding", 96, "arrays are padded to tiles of 8 x 128")
@@ -71,10 +72,7 @@ class Mesh(SimpleNamespace):
         return "h100:8"
 
 
-MODEL = SimpleNamespace(
-    name="llama-2-7b", parameters=6_738_415_616, layers=32, d_model=4096, d_ff=11008, heads=32, kv_heads=32,
-    head_dim=128, vocab=32000, max_sequence=4096, to_json=lambda: {"name": "llama-2-7b", "parameters": 6_738_415_616},
-)  # fmt: skip
+MODEL = ModelConfig.load("llama-2-7b")
 MESH = Mesh(
     devices=8,
     machine=SimpleNamespace(

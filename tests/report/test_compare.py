@@ -126,6 +126,13 @@ def test_a_rule_does_not_excuse_memory():
     assert row.status == "differs" and row.rules == (PADDED,)
 
 
+@pytest.mark.parametrize(("compiled", "status"), [(100, "equal"), (101, "differs"), (4, "equal")])
+def test_a_rule_accounts_for_padding_to_the_byte(compiled, status):
+    rules = (PADDED,) if compiled != 4 else ()
+    row = both([memory("padding", 4)], [memory("padding", compiled, rules=rules)])["padding"]
+    assert row.status == status and row.rules == rules
+
+
 def test_floats_are_refused():
     with pytest.raises(TypeError):
         both([memory("parameters", 1.5)], [memory("parameters", 1.5)])

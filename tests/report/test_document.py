@@ -19,7 +19,7 @@ def test_the_keys_are_those_of_the_schema():
         "unexplained", "peak", "run", "seconds", "agrees",
     ]  # fmt: skip
     assert data["schema"] == 1 and data["target"] == "gpu" and data["agrees"] is True
-    assert data["model"] == {"name": "llama-2-7b", "parameters": 6_738_415_616}
+    assert data["model"]["name"] == "llama-2-7b" and data["model"]["parameters"] == 6_738_415_616
     assert data["layout"] == {
         "replica": 1, "data": 4, "tensor": 2, "zero": 3, "remat": "full", "microbatches": 1,
     }  # fmt: skip
