@@ -138,11 +138,15 @@ def run(cell: Cell) -> dict[str, Any]:
 # ---------------------------------------------------------------- all of it, resumable
 
 
+# What a cell's result does not depend on
+APART = ("cli.py", "__main__.py", "cache.py", "reference.py", "run.py")
+
+
 def _version() -> str:
     """Of everything that a cell's result depends on."""
     digest = hashlib.sha256(platform.python_version().encode())
-    for path in sorted((*ROOT.glob("jaxllm/**/*.py"), *ROOT.glob("meshes/*.toml"), Path(__file__))):
-        if "report" not in path.parts and path.name != "cli.py":
+    for path in sorted((*ROOT.glob("jaxllm/**/*.py"), *ROOT.glob("meshes/*.toml"))):
+        if path.name not in APART and ("report" not in path.parts or path.name == "compare.py"):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
