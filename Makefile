@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 PIP := $(VENV)/bin/python -m pip --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test grid clean
+.PHONY: help setup demo test grid docs clean
 
 help: ## What can be made
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -35,8 +35,11 @@ test: $(READY) ## The floors and all tests
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python -m pytest -q -n 2
 
-grid: $(READY) ## Every layout of a small model on every target, line by line
+grid: $(READY) ## Every layout of a small model on every target, and real models; resumable; writes docs/grid.md
 	$(VENV)/bin/python -m tests.grid
+
+docs: $(READY) ## Run every command in README.md and docs/ again, and write what it prints
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m tests.docs.execute --write
 
 clean: ## Remove the environments and what the tests leave
 	rm -rf .venv-* .pytest_cache .hypothesis .import_linter_cache build dist

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 Size = int | Literal["max"] | None
 Say = Callable[[str], None]
 
-# At the rates of real training three steps move a parameter by so little that its own rounding hides the move.
-RUN_LEARNING_RATE = 3e-2
-
 SEQUENCE_STEP = 128  # `--seq max` looks at multiples of it: what matmul units like
 
 
@@ -80,8 +77,13 @@ def check(
     """
     predicted = predict(model, layout, workload)
     progress(f"building {model.name} for {layout} on {mesh}")
-    # A run needs a rate at which three steps move the parameters; the ledger does not depend on it.
-    built = build(model, layout, mesh, workload, target=target, **({"learning_rate": RUN_LEARNING_RATE} if run else {}))
+    options: dict[str, Any] = {}
+    if run:
+        start.prepare(target or mesh.target, mesh.devices)  # before what follows imports jax
+        from jaxllm.program import run as runs
+
+        options["learning_rate"] = runs.LEARNING_RATE  # the ledger does not depend on it
+    built = build(model, layout, mesh, workload, target=target, **options)
     from jaxllm.targets import compiler
 
     lowered = compiler.lower(built)
@@ -95,10 +97,8 @@ def check(
         ledger = measure(compiled)
         spent = {"compile": round(compiled.seconds, 3), "measure": round(time.perf_counter() - begin, 3)}
         if run:
-            from jaxllm.program.run import run as take_steps
-
             progress("taking three steps, and the same three without any sharding")
-            steps = take_steps(built, compiled.executable)
+            steps = runs.run(built, compiled.executable)
         return ledger, compiled.refused, spent
 
     ledger, refused, spent = measured() if run else recalled(lowered, measured)

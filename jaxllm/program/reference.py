@@ -63,12 +63,19 @@ def forward(config: ModelConfig, parameters: Mapping[str, Any], tokens: jax.Arra
     return x @ (parameters["embed"].T if config.tied else parameters["head"])
 
 
-def loss(config: ModelConfig, parameters: Mapping[str, Any], tokens: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross-entropy in nats, the mean over the targets (B, T) that are not negative."""
-    logs = jax.nn.log_softmax(forward(config, parameters, tokens))
-    chosen = jnp.take_along_axis(logs, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
-    mask = targets >= 0
+def loss(config: ModelConfig, parameters: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Cross-entropy in nats, the mean over those of batch["targets"] (B, T) that are not negative."""
+    logs = jax.nn.log_softmax(forward(config, parameters, batch["tokens"]))
+    chosen = jnp.take_along_axis(logs, jnp.maximum(batch["targets"], 0)[..., None], -1)[..., 0]
+    mask = batch["targets"] >= 0
     return -jnp.sum(jnp.where(mask, chosen, 0)) / jnp.sum(mask)
+
+
+def loss_and_gradients(config: ModelConfig, parameters: Tree, batch: Mapping[str, np.ndarray]) -> tuple[Any, Tree]:
+    """The loss, and its gradients before clipping, on one device."""
+    # "highest": a GPU or TPU would otherwise multiply f32 matrices in a shorter format.
+    with jax.default_matmul_precision("highest"):
+        return _differentiate(config, *jax.device_put((parameters, dict(batch)), jax.local_devices()[0]))
 
 
 def reference_steps(
@@ -84,25 +91,29 @@ def reference_steps(
     parameters, and AdamW's first and second moments to start from, are full and unpadded, in f32; a batch holds
     `tokens` and `targets`, int32 (B, T).
     """
-    # "highest": a GPU or TPU would otherwise multiply f32 matrices in a shorter format.
-    with jax.default_matmul_precision("highest"):
-        parameters, m, v = jax.device_put((parameters, *moments), jax.local_devices()[0])
-        state = optax.tree.set(jax.jit(_optimizer(learning_rate).init)(parameters), mu=m, nu=v)
-        steps = []
-        for batch in batches:
-            value, gradients, parameters, state = _step(config, learning_rate, parameters, state, dict(batch))
-            steps.append((float(value), jax.tree.map(np.asarray, gradients), jax.tree.map(np.asarray, parameters)))
+    parameters, m, v = jax.device_put((parameters, *moments), jax.local_devices()[0])
+    state = optax.tree.set(jax.jit(_optimizer(learning_rate).init)(parameters), mu=m, nu=v)
+    steps = []
+    for batch in batches:
+        value, gradients = loss_and_gradients(config, parameters, batch)
+        parameters, state = _update(learning_rate, parameters, state, gradients)
+        steps.append((float(value), jax.tree.map(np.asarray, gradients), jax.tree.map(np.asarray, parameters)))
     return steps
+
+
+# Both at the top level, so that runs of one model compile them once.
+@partial(jax.jit, static_argnums=0)
+def _differentiate(config: ModelConfig, parameters: Tree, batch: Tree) -> tuple[jax.Array, Tree]:
+    return jax.value_and_grad(partial(loss, config))(parameters, batch)
+
+
+@partial(jax.jit, static_argnums=0)
+def _update(learning_rate: float, parameters: Tree, state: Any, gradients: Tree) -> tuple[Tree, Any]:
+    updates, state = _optimizer(learning_rate).update(gradients, state, parameters)
+    return optax.apply_updates(parameters, updates), state
 
 
 def _optimizer(learning_rate: float) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
     )
-
-
-@partial(jax.jit, static_argnums=(0, 1))  # at the top level, so that runs of one model compile it once
-def _step(config: ModelConfig, learning_rate: float, parameters: Tree, state: Any, batch: Tree) -> Any:
-    value, gradients = jax.value_and_grad(lambda p: loss(config, p, batch["tokens"], batch["targets"]))(parameters)
-    updates, state = _optimizer(learning_rate).update(gradients, state, parameters)
-    return value, gradients, optax.apply_updates(parameters, updates), state
