@@ -219,6 +219,8 @@ def _row(left: Line | None, right: Line | None, not_comparable: Mapping[str, str
     reason = "" if same else not_comparable.get(some.label) or not_comparable.get(some.name) or ""
     if unknown is not None and not reason:
         reason = unknown.reason or f"{'the closed form' if unknown is left else 'the compiler'} cannot know it"
+    if reason and left is None:
+        predicted = wire_predicted = None  # not 0: the closed form says nothing about it
     count = right.count if right is not None and right.count else (left.count if left is not None else 0)
     return Row(
         section=some.section,

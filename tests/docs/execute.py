@@ -36,6 +36,8 @@ PYTHON = re.compile(r"```python\n(?P<code>.*?)```\n(?:\n?```text\n(?P<text>.*?)`
 VOLATILE = (
     (r"; XLA:\w+ ([\d,]+) \(([\d.]+) \wB\); an estimate, off by \S+ %, \w+ the", 0.1),
     (r"capacity  ([\d.]+) \wB is ([\d.]+) %", 0.1),
+    (r'"compiled": (\d+),\n    "capacity"', 0.1),
+    (r"(?<=does not fit: the compiler says ).*", 0),
     (r"largest relative error \S+ in \S+ <= ", 0),
     (r"(?<=losses )([\d.]+), ([\d.]+), ([\d.]+)", 1e-3),
     (r"\nseconds .*", 0),
@@ -200,7 +202,7 @@ def _stable(text: str) -> tuple[str, list[tuple[float, float]]]:
     for pattern, tolerance in VOLATILE:
 
         def forget(match: re.Match[str], tolerance: float | None = tolerance) -> str:
-            if tolerance:
+            if tolerance:  # else it has no groups, or none that count
                 numbers.extend((float(group.replace(",", "")), tolerance) for group in match.groups())
             return "" if match[0].startswith("\n") else "~"
 

@@ -1,8 +1,8 @@
 """A Llama forward pass in NumPy and float64, from the papers alone: the oracle of the forward tests.
 
-Sources: RMSNorm (Zhang and Sennrich 2019, equation 4), RoPE (Su et al. 2021, equation 34, with the halves paired as in
-Hugging Face's Llama), grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020, equation 6), the order of the
-blocks (Touvron et al. 2023, section 2.2), and the frequency scaling of the Llama 3.1 release.
+Sources: RMSNorm (Zhang and Sennrich 2019), RoPE (Su et al. 2021, with the halves paired as in Hugging Face's Llama),
+grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020), the order of the blocks (Touvron et al. 2023,
+section 2), and the frequency scaling of the Llama 3.1 release.
 It shares no line and no import with jaxllm.
 """
 

@@ -54,7 +54,8 @@ def logits_of(config, parameters, tokens, dtype=jnp.float32):
     own = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), nnx.to_pure_dict(state))
     assert own == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), parameters)
     # jit: op by op, each odd shape would be compiled apart
-    return jax.jit(lambda parameters, tokens: nnx.merge(definition, parameters)(tokens, dtype=dtype))(parameters, tokens)
+    call = jax.jit(lambda parameters, tokens: nnx.merge(definition, parameters)(tokens, dtype=dtype))
+    return call(parameters, tokens)
 
 
 def relative(a, b):

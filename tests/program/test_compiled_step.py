@@ -115,8 +115,8 @@ def test_plain_autodiff_is_measured_beside_what_is_known_of_it() -> None:
     status = {row.label: row.status for row in comparison.rows}
     assert status["parameters"] == status["gradients"] == "equal"
     assert status["residuals"] == status["matmul/forward"] == "not comparable"
-    residuals = next(row for row in comparison.rows if row.label == "residuals")
-    assert residuals.compiled > 0
+    unknown = [row for row in comparison.rows if row.status == "not comparable"]
+    assert all(row.predicted is None and row.compiled > 0 for row in unknown)
 
 
 def test_a_program_that_libtpu_refuses_for_memory_is_an_answer() -> None:

@@ -61,7 +61,7 @@ LAYOUTS = [
 def test_layout_agrees(layout, model, precision):
     result = run(*clean(layout, model, precision))
     assert result.agrees, result.errors
-    assert result.tolerance == (1e-5 if precision == "f32" else 0.25)
+    assert result.tolerance == (1e-5 if precision == "f32" else 0.1)
     assert len(result.losses) == result.steps == 3
     np.testing.assert_allclose(result.losses, result.reference_losses, rtol=1e-5 if precision == "f32" else 1e-2)
     # Nothing is compared with itself: f32 sums in another order differ somewhere.
@@ -268,4 +268,4 @@ def test_clipping_is_at_work():
     parameters = random_parameters(MODEL, rng)
     batch = random_batch(MODEL, 8, 8, rng)
     _, gradients = reference.loss_and_gradients(MODEL, parameters, batch)
-    assert np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradients))) > 1.5
+    assert np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradients))) > 1.2
