@@ -31,7 +31,10 @@ def folder() -> Path:
 
 
 def recalled(lowered: Any, measured: Callable[[], Measured]) -> Measured:
-    """What was measured of this lowered program before, or is now. JAXLLM_CACHE= (empty) turns it off."""
+    """What was measured of this lowered program before, or is now. JAXLLM_CACHE= (empty) turns it off.
+
+    The text of a program does not say what it is for: `lowered.built.hardware` does, and is a part of the key.
+    """
     if os.environ.get("JAXLLM_CACHE") == "":
         return measured()
     path = folder() / f"{_key(lowered)}.json"
@@ -65,12 +68,13 @@ def _key(lowered: Any) -> str:
     digest = hashlib.sha256()
     built = lowered.built
     machine = lowered.stages.as_text(debug_info=True)
-    device = built.mesh.devices.flat[0]
+    flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     # With names and source lines: they are what the ledger tells phases and origins by.
-    for part in (machine, lowered.compiler, str(getattr(device, "device_kind", "")), repr(built.axes), repr(_versions())):
+    parts = (machine, lowered.compiler, built.hardware, repr(built.axes), repr(flags), repr(_versions()))
+    for part in parts:
         digest.update(part.encode())
     for path in sorted(Path(__file__).parent.rglob("*.py")):
-        if path.parent.name in ("hlo", "targets"):
+        if path.parent.name in ("spec", "program", "hlo", "targets"):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:40]
 

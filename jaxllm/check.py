@@ -49,7 +49,9 @@ def build(
     with start.quiet():
         from jaxllm.program import build
 
-        return build(model, layout, workload, targets.module(target).devices(mesh), target=target, **options)
+        hardware = repr((target, mesh.topology, mesh.machine.compiler))
+        devices = targets.module(target).devices(mesh)
+        return build(model, layout, workload, devices, target=target, hardware=hardware, **options)
 
 
 def measure(compiled: Compiled) -> Ledger:

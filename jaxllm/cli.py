@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -43,12 +44,14 @@ app = typer.Typer(
 
 
 def run() -> None:
-    """The `jaxllm` command: main, and the end of the process."""
-    code = main()
-    if code == INTERRUPTED:
-        # A compiler may still be at work in its thread, and ending Python around it is not safe: end at once.
-        os._exit(code)
-    sys.exit(code)
+    """The `jaxllm` command: main, and what an interrupt does."""
+    signal.signal(signal.SIGINT, _interrupt)
+    sys.exit(main())
+
+
+def _interrupt(*_: object) -> None:
+    """Ends at once. An exception could be lost in a callback of JAX's, or wait until a compiler returns."""
+    os._exit(_fail("interrupted", INTERRUPTED))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,6 +206,9 @@ def _check(
     layout = Layout.parse(layout_text)
     target = _target(target, mesh, run)
     batch_size, sequence = _size("--batch", batch), _size("--seq", seq)
+    for option, value in (("--precision", precision), ("--gradient-dtype", gradient_dtype)):
+        if value is not None and not value.strip():
+            raise SpecError(f"{option} is blank; leave it out for the default, or name one as in jaxllm check --help.")
     precision = precision or ("f32" if target == "cpu" else "bf16-f32")
     if explain is not None:
         from jaxllm.report.explain import check_name

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ["JAXLLM_CACHE"] = ""  # every test compiles for itself
+# Machine code of small programs need not be fast: what is measured is settled before it is generated.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 from jaxllm.targets import start
 

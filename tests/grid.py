@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxllm.report import document
+
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "runs" / "grid"
 TABLE = ROOT / "docs" / "grid.md"
@@ -144,7 +146,8 @@ APART = ("cli.py", "__main__.py", "cache.py", "reference.py", "run.py")
 
 def _version() -> str:
     """Of everything that a cell's result depends on."""
-    digest = hashlib.sha256(platform.python_version().encode())
+    versions = [document.versions(target) for target in ("cpu", "gpu", "tpu")]
+    digest = hashlib.sha256(repr((platform.python_version(), versions)).encode())
     for path in sorted((*ROOT.glob("jaxllm/**/*.py"), *ROOT.glob("meshes/*.toml"))):
         if path.name not in APART and ("report" not in path.parts or path.name == "compare.py"):
             digest.update(path.read_bytes())

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.program import optimizer
 from jaxllm.program.gradient import BATCH, gradients
-from jaxllm.program.sharding import DTYPES, held_specs, is_placement, padded_vocab, place, state_specs
+from jaxllm.program.sharding import DTYPES, held_specs, is_placement, place, state_specs
 from jaxllm.spec.errors import SpecError
 from jaxllm.spec.layout import Layout
 from jaxllm.spec.model import ModelConfig
@@ -64,10 +64,7 @@ class Built:
     arguments: tuple[Tree, Tree, Tree]
     learning_rate: float
     target: str  # which compiler it is for: cpu, gpu, tpu or local
-
-    @property
-    def vocab_padded(self) -> int:
-        return padded_vocab(self.model, self.layout)
+    hardware: str  # all that the compiler is told of the devices
 
     @property
     def axes(self) -> dict[str, int]:
@@ -165,6 +162,7 @@ def build(
     *,
     learning_rate: float = optimizer.LEARNING_RATE,
     target: str = "local",
+    hardware: str = "",
 ) -> Built:
     """A training step for the model over these devices, which may be descriptions of devices that are not there.
 
@@ -201,4 +199,5 @@ def build(
         arguments=(parameters, state, {"tokens": tokens, "targets": tokens}),
         learning_rate=learning_rate,
         target=target,
+        hardware=hardware,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import optax
 
 from jaxllm.program.build import Built
 from jaxllm.program.reference import Tree, loss_and_gradients, reference_steps
+from jaxllm.report.compare import RunResult
 from jaxllm.spec.model import ModelConfig
 
 # What `build` should be given when the program is to be run: at the rates of real training three steps move a
@@ -22,31 +22,6 @@ LEARNING_RATE = 5e-2
 # measured: up to 2.3e-6 on llama-tiny (16 layers). bf16 keeps 8 bits, so that each value on the way is up to
 # 2^-9 = 0.002 off; after two to sixteen layers the worst element is measured 0.013 to 0.031 off.
 TOLERANCE = {"f32": 1e-5, "bf16": 0.1}
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Losses in nats, and by `kind/parameter` the largest relative error of each tensor over all devices' shards.
-
-    Kinds: `loss/1` and `gradient_norm/1` of each step, `gradient` at the first step, before clipping, and `change`,
-    the parameters after the last step less those before the first; with a bf16 parameter beside an f32 master copy,
-    `change` is the master's, and `parameters` are those held after the last step.
-    """
-
-    steps: int
-    losses: tuple[float, ...]
-    reference_losses: tuple[float, ...]
-    errors: dict[str, float]
-    tolerance: float
-
-    @property
-    def max_relative_error(self) -> float:
-        """Of the worst tensor; NaN when anything was not a number."""
-        return float(np.max(list(self.errors.values())))
-
-    @property
-    def agrees(self) -> bool:
-        return self.max_relative_error <= self.tolerance  # False for NaN
 
 
 def run(built: Built, compiled: Callable[..., Any], *, steps: int = 3, seed: int = 0) -> RunResult:

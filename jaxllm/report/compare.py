@@ -105,7 +105,10 @@ class Peak:
 class RunResult:
     """What became of the steps on devices that are here, against the reference without any sharding.
 
-    Losses are in nats. `errors` gives for each tensor the largest max|a-b| / max|b| over all devices' shards.
+    Losses are in nats. `errors` gives by `kind/parameter` the largest max|a-b| / max|b| over all devices' shards: kinds
+    are `loss/1` and `gradient_norm/1` of each step, `gradient` at the first step, before clipping, and `change`, the
+    parameters after the last step less those before the first; with a bf16 parameter beside an f32 master copy,
+    `change` is the master's, and `parameters` are those held after the last step.
     """
 
     steps: int

@@ -14,8 +14,8 @@ from jaxllm.spec.ledger import Rule
 SCHEMA = 1
 
 _PACKAGES = {
-    "": ("jaxllm", "jax", "jaxlib", "flax", "optax", "numpy"),
-    "gpu": ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"),
+    "": ("jaxllm", "jax", "jaxlib", "flax", "optax", "numpy", "protobuf"),
+    "gpu": ("jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "nvidia-cuda-nvcc-cu12"),
     "tpu": ("libtpu",),
 }
 
@@ -40,7 +40,7 @@ def document(comparison: Comparison, setup: Setup) -> dict[str, Any]:
         "model": plain(setup.model),
         "mesh": plain(setup.mesh),
         "layout": plain(setup.layout),
-        "workload": plain(setup.workload),
+        "workload": plain(setup.workload) | {"gradient_dtype": setup.workload.dtypes.gradients},
         "target": setup.target,
         "memory": [_memory(row) for row in comparison.section("memory")],
         "flops": [_flops(row) for row in comparison.section("flops")],

@@ -29,9 +29,16 @@ _FIELD = 10  # width of the names in the header and in the verdict
 Cell = tuple[str, str, str, str, str]  # name, closed form, compiler, short form, status
 
 
+class _Console(Console):
+    """rich's console ends the process with 1 when the reader has gone, which here means that something differs."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console(file: TextIO | None = None) -> Console:
     """A console that writes at least 80 columns, plain text when the file is not a terminal."""
-    made = Console(file=file, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    made = _Console(file=file, highlight=False, markup=False, emoji=False, soft_wrap=False)
     if made.width < 80:
         made.width = 80
     return made

@@ -37,7 +37,7 @@ class Layout:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SpecError(f"layout: {name}={value} is not a whole number of 1 or more; leave it out for 1.")
-        if self.zero not in (0, 1, 2, 3) or isinstance(self.zero, bool):
+        if not isinstance(self.zero, int) or isinstance(self.zero, bool) or self.zero not in (0, 1, 2, 3):
             raise SpecError(f"layout: zero={self.zero} is not a ZeRO stage; choose 0, 1, 2 or 3.")
         if self.remat not in REMAT:
             raise SpecError(f"layout: remat={self.remat!r} is unknown; {nearest(str(self.remat), REMAT)}")
@@ -47,7 +47,9 @@ class Layout:
         """Reads `data=8,tensor=4,zero=3,remat=full`. Raises SpecError on anything else."""
         known = {field.name: field for field in fields(cls)}
         values: dict[str, int | str] = {}
-        for item in text.split(",") if text.strip() else ():
+        if not text.strip():
+            raise SpecError("layout: it is blank; write data=1 for a single device, or degrees as in data=4,tensor=2.")
+        for item in text.split(","):
             key, equals, value = (part.strip() for part in item.partition("="))
             if not key or not equals or not value:
                 raise SpecError(f"layout: {item.strip()!r} in {text!r} is not key=value, as in data=8,tensor=4,zero=3.")
@@ -58,7 +60,7 @@ class Layout:
             if known[key].type == "int":
                 # isdecimal also takes digits of other scripts, which int() reads too: insist on ASCII
                 if not (value.isascii() and value.isdecimal()) or len(value) > 9:
-                    raise SpecError(f"layout: {key}={value} is not a whole number below 10^9; write it like {key}=4.")
+                    raise SpecError(f"layout: {key}={value} is not a whole number below 10^9; write it like {key}=2.")
                 values[key] = int(value)
             else:
                 values[key] = value

@@ -366,6 +366,11 @@ def _check_gpu(machine: Machine, shape: tuple[int, ...], text: str) -> None:
         raise SpecError(f"mesh: {text!r} has {len(shape)} axes; write cards, or nodes x cards as in 2x8.")
     if shape[1] > machine.node_size:
         raise SpecError(f"mesh: {text!r} puts {shape[1]} cards in a node, which holds {machine.node_size}.")
+    if shape[0] > 1 and shape[1] != machine.node_size:
+        raise SpecError(
+            f"mesh: {text!r} takes {shape[1]} cards of each node, and of several nodes all {machine.node_size} cards are "
+            f"taken; write {shape[0]}x{machine.node_size}, or a machine file with a smaller node."
+        )
 
 
 def _check_tpu(machine: Machine, shape: tuple[int, ...], text: str) -> None:

@@ -1,8 +1,9 @@
 """What the forward pass saves for the backward pass, per device: one microbatch's, in bytes.
 
 remat=full saves each block's input. remat=none also saves what the backward pass would need a matmul, or a
-sum over devices, to compute again; Korthikanti et al. 2022, section 4.1, counts the same tensors for a GPT block
-(theirs has dropout masks and a plain feed-forward in addition, and two norms' inputs as ours).
+sum over devices, to compute again. Korthikanti et al. 2022 count the like for a GPT block: in section 4.1 all that is
+saved, in section 5 the input alone. Theirs has dropout masks and a plain feed-forward, and saves the softmax's output;
+ours saves the scores that go into it, as many bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def residuals(s: Symbols) -> Line:
             name,
             s.L * s.b * s.T * width * s.c,
             f"L b T ({symbols}) c{'' if name == 'block input' else ' if remat=none'}",
-            reference(KORTHIKANTI, "section 4.1"),
+            reference(KORTHIKANTI, "section 5" if name == "block input" else "section 4.1"),
         )
         for name, (width, symbols) in widths.items()
     )

@@ -1,7 +1,7 @@
 """The weights of a Llama and how many elements of each a device holds: Psi and its division.
 
 Each weight is a model dim D times another dim X (1 for a norm). Tensor parallelism slices X where it runs over heads,
-feed-forward or vocabulary; ZeRO slices D, or X where D does not divide.
+feed-forward or vocabulary; ZeRO slices the first dim of the array that divides. Which of the two it is changes no count.
 """
 
 from __future__ import annotations
@@ -92,3 +92,24 @@ def _weight(
         sliced=sliced,
         shared=shared,
     )
+
+
+def fallbacks(s: Symbols) -> tuple[str, ...]:
+    """What a single layout keeps whole, or pads, because a size does not divide: one sentence each, with the bytes."""
+    table = weights(s)
+    whole = [weight for weight in table if s.z >= 1 and s.n > 1 and weight.parts == 1]
+    shared = [weight for weight in table if weight.shared and s.t > 1]
+    padded = -(-s.V // s.t) * s.t - s.V
+    sentences = (
+        (whole, f"zero={s.z} slices no dim of {_names(whole)}, none of which {s.n} divides"),
+        (shared, f"{s.K} key/value heads are fewer than tensor={s.t}: every rank holds {_names(shared)} whole"),
+    )
+    notes = [f"{text}: {sum(int(w.elements) for w in found) * s.p:,} bytes a device" for found, text in sentences if found]
+    if padded:
+        ends = "embed" if s.tied else "embed and head"
+        notes.append(f"the vocabulary of {s.V:,} is padded by {padded} rows for tensor={s.t}, in {ends}")
+    return tuple(notes)
+
+
+def _names(found: list[Weight]) -> str:
+    return ", ".join(weight.name for weight in found)

@@ -68,7 +68,7 @@ class Symbols:
             p=DTYPE_BYTES[kind.parameters],
             c=DTYPE_BYTES[kind.compute],
             g=DTYPE_BYTES[kind.gradients],
-            # Adam's m and v in f32, and the f32 master copy: K = 8 or 12 in the ZeRO paper's section 3.1.
+            # Adam's m and v in f32, and a master copy: the ZeRO paper's K = 12 (section 3.1); 8 where none is kept.
             o=12 if kind.master else 8,
             dtypes=dtypes,
         )

@@ -42,14 +42,16 @@ def differences(comparison: Comparison) -> list[str]:
 
 @pytest.mark.parametrize("target", MESHES)
 def test_zero_1_and_2_differ_by_the_gradients_alive_after_the_backward_pass(target: str) -> None:
-    one, two = (measured(target, f"data=8,zero={stage},microbatches=2") for stage in (1, 2))
-    elements = SMALL.parameters
+    # Large enough that on a TPU, too, it lives in HBM and not in vector memory.
+    large = dataclasses.replace(SMALL, layers=3, d_model=2048, d_ff=4096, head_dim=128)
+    one, two = (measured(target, f"data=8,zero={stage},microbatches=2,remat=full", large) for stage in (1, 2))
+    elements = large.parameters
     assert one.line("gradients").value == 4 * elements
     assert two.line("gradients").value == 4 * elements // 8
     for name in ("parameters", "optimizer", "batch", "residuals"):
         assert one.line(name).value == two.line(name).value
-    if target != "tpu":  # there a program as small as this one lives in vector memory
-        assert one.peak - two.peak > 0.9 * 4 * elements * 7 / 8
+    # Whole accumulators against slices of an eighth, in the compiler's own buffers
+    assert one.peak - two.peak > 0.9 * 4 * elements * 7 / 8
 
 
 @pytest.mark.parametrize("target", MESHES)

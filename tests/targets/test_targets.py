@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -132,8 +135,8 @@ class _Stages:
         return self.text
 
 
-def _lowered(text: str) -> compiler.Lowered:
-    built = build(TINY, Layout.parse("data=8"), Machine.load("cpu:8"), Workload(8, 64))
+def _lowered(text: str, mesh: str = "cpu:8") -> compiler.Lowered:
+    built = build(TINY, Layout.parse("data=8"), Machine.load(mesh), Workload(8, 64))
     return compiler.Lowered(built, _Stages(text), 0.0)
 
 
@@ -160,6 +163,17 @@ def test_a_ledger_is_recalled_by_program(monkeypatch, tmp_path) -> None:
     assert "cached" in second[2] and "cached" not in first[2]
 
 
+def test_a_program_for_other_hardware_is_another(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
+    machine = (Path(__file__).parents[2] / "meshes" / "h100.toml").read_text()
+    assert "core_count = 132" in machine
+    (tmp_path / "small.toml").write_text(machine.replace("core_count = 132", "core_count = 13"))
+    calls = []
+    for mesh in ("h100:8", f"{tmp_path}/small.toml:8", "v5e:2x4", "h100:8"):
+        recalled(_lowered("one", mesh), lambda mesh=mesh: calls.append(mesh) or (LEDGER, "", {}))
+    assert len(calls) == 3
+
+
 def test_a_damaged_cache_is_as_good_as_none(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
     recalled(_lowered("one"), lambda: (LEDGER, "", {}))
@@ -176,6 +190,46 @@ def test_an_unwritable_cache_is_as_good_as_none(monkeypatch, tmp_path) -> None:
 
 
 # ---------------------------------------------------------------- as a user meets them
+
+
+def _environment(**more: str) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")} | more
+
+
+@pytest.mark.parametrize("delay", [0.3, 2.0, 4.0, 7.0])
+def test_an_interrupt_ends_a_check_at_once_whatever_it_is_at(delay: float) -> None:
+    arguments = [*CHECK, "--mesh", "h100:8", "--layout", "data=4,tensor=2,zero=3"]
+    check = subprocess.Popen(arguments, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(delay)
+    check.send_signal(signal.SIGINT)
+    _, stderr = check.communicate(timeout=20)
+    assert check.returncode in (130, -signal.SIGINT)  # before Python has set its handler the signal itself ends it
+    assert "Traceback" not in stderr or check.returncode == -signal.SIGINT
+
+
+def test_a_reader_that_leaves_is_no_difference() -> None:
+    command = f"{sys.executable} -m jaxllm models | true; exit ${{PIPESTATUS[0]}}"
+    table = subprocess.run(["bash", "-c", f"{sys.executable} -m jaxllm meshes h100 | head -1; exit ${{PIPESTATUS[0]}}"],
+                           capture_output=True, text=True, env=_environment(), check=False)  # fmt: skip
+    listing = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=_environment(), check=False)
+    for done in (table, listing):
+        assert done.returncode in (0, 141), done.stderr
+        assert done.stderr == ""
+
+
+@pytest.mark.parametrize("flags", ["--xla_nonsense=1", "--xla_force_host_platform_device_count=banana"])
+def test_flags_that_xla_refuses_are_told(flags: str) -> None:
+    arguments = [*CHECK, "--mesh", "cpu:8", "--layout", "data=8"]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=_environment(XLA_FLAGS=flags), check=False)
+    assert done.returncode == 2
+    assert flags in done.stderr.splitlines()[-1]
+
+
+def test_the_users_own_platform_does_not_matter_to_an_absent_one(tmp_path) -> None:
+    arguments = [*CHECK, "--mesh", "cpu:2", "--layout", "data=2", "--seq", "16"]
+    environment = _environment(JAX_PLATFORMS="tpu", JAXLLM_CACHE=str(tmp_path))
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_several_checks_at_once_do_not_trip_over_each_other(tmp_path) -> None:

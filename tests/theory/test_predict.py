@@ -182,6 +182,25 @@ def test_terms_add_up_to_their_line() -> None:
             assert all(term.detail for term in line.terms)
 
 
+@pytest.mark.parametrize(("layout", "tokens", "sentence"), [
+    ("tensor=3", 64, "does not divide the 16 query heads"),
+    ("data=8", 1 << 20, "longer than"),
+])  # fmt: skip
+def test_what_does_not_divide_is_refused_and_not_rounded(layout: str, tokens: int, sentence: str) -> None:
+    with pytest.raises(SpecError, match=sentence):
+        ledger(layout, tokens=tokens)
+
+
+def test_fallbacks_are_told_with_their_bytes() -> None:
+    (whole,) = ledger("data=3,zero=3").notes
+    assert whole.startswith("zero=3 slices no dim of embed, attention_norm, q") and "which 3 divides" in whole
+    assert f"{4 * TINY.parameters:,} bytes" in whole
+    shared, padded = ledger("tensor=8", dataclasses.replace(TINY, kv_heads=2, vocab=509)).notes
+    assert "every rank holds k, v whole" in shared
+    assert "509 is padded by 3 rows" in padded
+    assert ledger("data=4,tensor=2,zero=3").notes == ()
+
+
 def test_a_batch_that_leaves_no_whole_sequence_is_refused() -> None:
     with pytest.raises(SpecError, match="batch 6 leaves no whole number"):
         predict(TINY, Layout.parse("data=4"), Workload(6, 64))
