@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 
     from jaxllm.report import Comparison, Setup
 
-TARGETS = ("cpu", "gpu", "tpu", "local")
-
-# XLA:CPU refuses 4,096 devices in one process; 2,048 compile.
-MOST_EMULATED = 2048
-
 INTERRUPTED = 130
 
 Work = Callable[[], int]
@@ -343,18 +338,21 @@ def _describe(name: str, noun: Any, as_json: bool) -> None:
 
 def _target(text: str | None, mesh: Any, run: bool) -> str:
     """The compiler to ask. Raises SpecError where machine, size, target and --run do not go together."""
+    from jaxllm import targets
+    from jaxllm.targets.cpu import MOST_DEVICES
+
     own = mesh.machine.target
     target = own if text is None else text
-    if target not in TARGETS:
-        raise SpecError(f"--target: unknown target {target!r}; {nearest(target, TARGETS)}")
+    if target not in targets.names():
+        raise SpecError(f"--target: unknown target {target!r}; {nearest(target, targets.names())}")
     if target in ("gpu", "tpu") and target != own:
         raise SpecError(
             f"--target {target} cannot compile for {mesh}, whose compiler is {own}; "
             f"leave --target out, or emulate it with --target cpu."
         )
-    if target == "cpu" and mesh.devices > MOST_EMULATED:
+    if target == "cpu" and mesh.devices > MOST_DEVICES:
         raise SpecError(
-            f"--target cpu emulates up to {MOST_EMULATED:,} devices and {mesh} has {mesh.devices:,}; "
+            f"--target cpu emulates up to {MOST_DEVICES:,} devices and {mesh} has {mesh.devices:,}; "
             + (f"use --target {own}, or a smaller mesh." if own != "cpu" else "use a smaller mesh.")
         )
     if run and target not in ("cpu", "local"):

@@ -30,7 +30,7 @@ def device_mesh(layout: Layout, devices: Sequence[Any]) -> Mesh:
     Raises SpecError when the degrees do not multiply to the number of devices.
     """
     if layout.devices != len(devices):
-        raise SpecError(f"layout {layout} needs {layout.devices} devices, and the mesh has {len(devices)}.")
+        raise SpecError(f"layout {layout} multiplies to {layout.devices:,}, and the mesh has {len(devices):,} devices.")
     degrees = {axis: degree for axis, degree in layout.degrees.items() if degree > 1} or {"data": 1}
     grid = np.asarray(devices, dtype=object).reshape(tuple(degrees.values()))
     return Mesh(grid, tuple(degrees), axis_types=(AxisType.Explicit,) * len(degrees))

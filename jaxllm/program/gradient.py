@@ -45,6 +45,15 @@ def substitute(value: jax.Array, saved: jax.Array) -> jax.Array:
 substitute.defvjp(lambda value, saved: (saved, None), lambda _, cotangent: (cotangent, jnp.zeros_like(cotangent)))
 
 
+@jax.custom_vjp
+def together(*values: jax.Array) -> tuple[jax.Array, ...]:
+    """The values going forward; going backward, none of their derivatives is used before all of them are there."""
+    return values
+
+
+together.defvjp(lambda *values: (values, None), lambda _, cotangents: lax.optimization_barrier(cotangents))
+
+
 def gradients(
     parameters: Tree,
     batch: dict[str, jax.Array],
@@ -224,7 +233,8 @@ def _block(config: ModelConfig) -> Any:
 
 def _loss(y: jax.Array, norm: jax.Array, head: jax.Array, targets: jax.Array, config: ModelConfig) -> jax.Array:
     """Final norm, head and the summed cross-entropy of hidden states y (b, t, D)."""
-    h = SHARDS.enter(rms_norm(y, norm, config.norm_epsilon))
+    # Else XLA:GPU puts off the gradient of a tied head until that of the embedding is there, and keeps the logits.
+    h, head = together(SHARDS.enter(rms_norm(y, norm, config.norm_epsilon)), head)
     logits = h @ (head.T if config.tied else head)
     return cross_entropy(logits, targets, config.vocab, SHARDS)
 

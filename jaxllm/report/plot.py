@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,8 +40,13 @@ def check_path(text: str) -> Path:
         raise SpecError(f"--plot {text} is a folder; name a file in it.")
     if not path.parent.is_dir():
         raise SpecError(f"--plot {text}: there is no folder {path.parent}; make it first or name another.")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise SpecError(f"--plot {text} cannot be written; choose a place that you may write to.")
+    try:  # os.access would believe that root may write to a file system that is read-only
+        if path.exists():
+            path.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise SpecError(f"--plot {text} cannot be written: {error.strerror}; name a file elsewhere.") from None
     return path
 
 

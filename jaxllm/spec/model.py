@@ -93,7 +93,7 @@ class ModelConfig:
         if os.path.isfile(text):
             return _read_config(Path(text))
         if "/" in text or text.endswith(".json"):
-                raise SpecError(f"model: there is no file {text!r}; give a config.json, or a name such as llama-3-8b.")
+            raise SpecError(f"model: there is no file {text!r}; give a config.json, or a name such as llama-3-8b.")
         raise SpecError(f"model: unknown name {text!r}; {nearest(text.lower(), known)}")
 
     @staticmethod
@@ -179,7 +179,7 @@ def _check_positive(where: str, name: str, value: Any) -> None:
 _LLAMA_1 = "arXiv:2302.13971, Table 2; feed-forward width, context and norm epsilon: the checkpoints' config.json"
 _LLAMA_2 = "arXiv:2307.09288, Table 1 and section 2.2; widths: the checkpoints' config.json"
 _LLAMA_3 = "arXiv:2407.21783, Table 3; vocabulary, context and rotary scaling: the checkpoints' config.json"
-_LLAMA_3_2 = "config.json of meta-llama/Llama-3.2 on Hugging Face"
+_LLAMA_3_2 = "config.json of meta-llama/Llama-3.2-1B and Llama-3.2-3B on Hugging Face"
 _SCALING_3_1 = RopeScaling(8.0, 1.0, 4.0, 8192)
 _SCALING_3_2 = RopeScaling(32.0, 1.0, 4.0, 8192)
 

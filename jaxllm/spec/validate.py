@@ -43,8 +43,12 @@ def validate_devices(layout: Layout, mesh_devices: int) -> None:
     else:
         way = f"take a mesh of {layout.devices}"
     raise SpecError(
-        f"layout {layout} needs {layout.devices:,} devices ({degrees}), but the mesh has {mesh_devices:,}; {way}."
+        f"layout {layout} needs {_devices(layout.devices)} ({degrees}), but the mesh has {mesh_devices:,}; {way}."
     )
+
+
+def _devices(count: int) -> str:
+    return f"{count:,} device{'s' if count > 1 else ''}"
 
 
 def validate_tensor(model: Any, layout: Layout) -> None:

@@ -1,0 +1,284 @@
+"""The figures of a machine: which there are, in which units, and how a TOML file states them.
+
+A figure is `name = { value = ..., unit = "...", source = "..." }`, per JAX device. A figure without a checked source
+is not written down but listed under [absent] with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxllm.spec.errors import SpecError, nearest
+
+TARGETS = ("cpu", "gpu", "tpu")
+
+_UNITS: dict[str, dict[str, int]] = {
+    "bytes": {"B": 1, "MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9},
+    "bytes/s": {"B/s": 1, "GB/s": 10**9, "TB/s": 10**12},
+    "FLOP/s": {"FLOP/s": 1, "TFLOP/s": 10**12, "PFLOP/s": 10**15},
+}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a figure measures, for which targets a file must speak of it, and where it may say `absent`."""
+
+    measure: str  # a key of _UNITS, or "count", "share", "shape", "shapes"
+    needed: tuple[str, ...] = ()
+    may_be_absent: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = TARGETS
+
+
+FIGURES = {
+    "chip.devices": _Kind("count", ()),
+    "memory.total": _Kind("bytes", TARGETS, may_be_absent=("cpu",)),
+    "memory.usable_fraction": _Kind("share", TARGETS, may_be_absent=("cpu",)),
+    "memory.reserve": _Kind("bytes", TARGETS, may_be_absent=("cpu",)),
+    "memory.bandwidth": _Kind("bytes/s", TARGETS),
+    "peak.bf16": _Kind("FLOP/s", TARGETS),
+    "peak.f32": _Kind("FLOP/s", TARGETS),
+    "peak.tf32": _Kind("FLOP/s"),
+    "peak.fp8": _Kind("FLOP/s"),
+    "peak.fp4": _Kind("FLOP/s"),
+    "peak.int8": _Kind("FLOP/s"),
+    "node.devices": _Kind("count", TARGETS, may_be_absent=()),
+    # One direction, for one device: what it sends to the others of its node, and through its share of the network.
+    "links.inside_node": _Kind("bytes/s", ("gpu",), targets=("gpu",)),
+    "links.between_nodes": _Kind("bytes/s", ("gpu",), targets=("gpu",)),
+    # One direction of one link of the torus; a chip has two links an axis. Then its share of the network.
+    "links.torus": _Kind("bytes/s", ("tpu",), targets=("tpu",)),
+    "links.between_slices": _Kind("bytes/s", ("tpu",), targets=("tpu",)),
+    # Slices that exist: the listed shapes, and with `cube` all shapes of multiples of it in non-decreasing order.
+    "torus.slices": _Kind("shapes", ("tpu",), may_be_absent=(), targets=("tpu",)),
+    "torus.cube": _Kind("count", targets=("tpu",)),
+    "torus.chips": _Kind("count", ("tpu",), may_be_absent=(), targets=("tpu",)),
+    # An axis closes into a ring when its length is a multiple of this (with `cube`: and the slice is whole cubes).
+    "torus.wraparound": _Kind("count", ("tpu",), may_be_absent=(), targets=("tpu",)),
+}
+
+# What a compiler has to be told of a device that is not there.
+_COMPILER: dict[str, dict[str, type]] = {
+    "cpu": {},
+    "gpu": {
+        "description": str,
+        "compute_capability": list,
+        "core_count": int,
+        "fpus_per_core": int,
+        "threads_per_core_limit": int,
+        "clock_rate_ghz": float,
+        "memory_bandwidth": int,
+        "device_memory_size": int,
+        "l2_cache_size": int,
+        "shared_memory_per_core": int,
+        "shared_memory_per_block_optin": int,
+    },
+    "tpu": {"topology": str, "chips_per_host_bounds": list},
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of a machine, in bytes, bytes/s, FLOP/s or a plain number, with the public source it is from."""
+
+    name: str  # "memory.total"
+    value: Any  # int, float, or a tuple of shapes
+    given: str  # as the file states it: "79.11 GiB"
+    source: str
+    kind: str = ""  # of a link: "NVLink 4"
+
+
+SHAPE = re.compile(r"[0-9]{1,6}(x[0-9]{1,6})*", re.ASCII)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The fields of the Machine that a file describes. Raises SpecError for whatever is missing, unknown or wrong."""
+    where = f"machine file {str(path)!r}"
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"{where} cannot be read: {error.strerror}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{where} is not valid TOML: {error}.") from None
+    except (ValueError, RecursionError):  # not UTF-8, a number of thousands of digits, thousands of brackets
+        raise SpecError(f"{where} is not a TOML text that can be read.") from None
+
+    groups = {name.partition(".")[0] for name in FIGURES}
+    known = {"description", "target", "compiler", "absent"} | groups
+    for key in data:
+        if key not in known:
+            raise SpecError(f"{where}: unknown key {key!r}; {nearest(key, known)}")
+    description, target = data.get("description"), data.get("target")
+    if not isinstance(description, str) or not description.strip():
+        raise SpecError(f"{where}: description is missing; say in a line what the machine is.")
+    if target not in TARGETS:
+        raise SpecError(f"{where}: target={target!r} is unknown; choose cpu, gpu or tpu.")
+
+    figures = dict(_read_figures(where, target, {group: data[group] for group in data if group in groups}))
+    absent = _read_absent(where, data.get("absent", {}), figures)
+    for name, kind in FIGURES.items():
+        if target not in kind.needed or name in figures:
+            continue
+        if name not in absent:
+            way_out = " or say why not under [absent]" if target in kind.may_be_absent else ""
+            raise SpecError(f"{where}: {name} is missing; write {_example(name, kind)}{way_out}.")
+        if target not in kind.may_be_absent:
+            raise SpecError(f"{where}: {name} cannot be absent; write {_example(name, kind)}.")
+    _check_memory(where, figures)
+    if target == "tpu":
+        _check_torus(where, figures)
+    compiler, compiler_source = _read_compiler(where, target, data.get("compiler", {}))
+    return {
+        "name": path.stem,
+        "description": description.strip(),
+        "target": target,
+        "figures": figures,
+        "absent": absent,
+        "compiler": compiler,
+        "compiler_source": compiler_source,
+    }
+
+
+def _example(name: str, kind: _Kind) -> str:
+    units = list(_UNITS.get(kind.measure, {}))
+    unit = f', unit = "{units[1]}"' if units else ""
+    return f'{name} = {{ value = ...{unit}, source = "..." }}'
+
+
+def _read_figures(where: str, target: str, groups: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+    for group, entries in groups.items():
+        if not isinstance(entries, dict):
+            raise SpecError(f"{where}: {group} is not a table; write [{group}] and its figures below.")
+        for key, entry in entries.items():
+            name = f"{group}.{key}"
+            if name not in FIGURES:
+                raise SpecError(f"{where}: unknown figure {name!r}; {nearest(name, FIGURES)}")
+            if target not in FIGURES[name].targets:
+                raise SpecError(f"{where}: {name} has no meaning for target {target!r}; remove it.")
+            yield name, _read_figure(f"{where}: {name}", name, FIGURES[name], entry)
+
+
+def _read_figure(where: str, name: str, kind: _Kind, entry: Any) -> Figure:
+    if not isinstance(entry, dict):
+        raise SpecError(f"{where} is not a figure with its source; write {_example(name, kind)}.")
+    units = _UNITS.get(kind.measure)
+    allowed = ["value", "source"] + (["unit"] if units else []) + (["kind"] if name.startswith("links.") else [])
+    for key in entry:
+        if key not in allowed:
+            raise SpecError(f"{where}: unknown key {key!r}; {nearest(key, allowed)}")
+    source, link = entry.get("source"), entry.get("kind", "")
+    if not isinstance(source, str) or not source.strip():
+        raise SpecError(f"{where} has no source; say where the figure is from, or list it under [absent].")
+    if not isinstance(link, str):
+        raise SpecError(f"{where}: kind={link!r} is not a text.")
+    if "value" not in entry:
+        raise SpecError(f"{where} has no value; write {_example(name, kind)}.")
+    value = entry["value"]
+    if kind.measure == "shapes":
+        shapes = _read_shapes(where, value)
+        return Figure(name, shapes, ", ".join(value), source)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1e30:
+        raise SpecError(f"{where}: value={value!r} is not a positive number of reasonable size.")
+    if value == 0 and name != "memory.reserve":
+        raise SpecError(f"{where}: value={value!r} has to be above 0; a figure that is not known goes under [absent].")
+    if kind.measure == "count" and not isinstance(value, int):
+        raise SpecError(f"{where}: value={value!r} is not a whole number.")
+    if kind.measure == "share" and value > 1:
+        raise SpecError(f"{where}: value={value!r} is not a fraction; it lies above 0 and up to 1.")
+    if not units:
+        return Figure(name, value, f"{value:,}", source)
+    unit = entry.get("unit")
+    if not isinstance(unit, str) or unit not in units:
+        raise SpecError(f"{where}: unit={unit!r} is unknown; choose {', '.join(units)}.")
+    return Figure(name, round(value * units[unit]), f"{value:,} {unit}", source, link)
+
+
+def _read_shapes(where: str, value: Any) -> tuple[tuple[int, ...], ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
+        raise SpecError(f'{where}: value is not a list of shapes; write ["2x2", "2x4"].')
+    shapes = []
+    for text in value:
+        shape = tuple(int(number) for number in text.split("x")) if SHAPE.fullmatch(text) else ()
+        if len(shape) not in (2, 3) or 0 in shape:
+            raise SpecError(f"{where}: {text!r} is not the shape of a slice; write 2x4 or 2x2x1.")
+        shapes.append(shape)
+    if len({len(shape) for shape in shapes}) > 1:
+        raise SpecError(f"{where}: the shapes have two axes and three axes; a torus has one number of axes.")
+    return tuple(shapes)
+
+
+def _read_absent(where: str, absent: Any, figures: dict[str, Figure]) -> dict[str, str]:
+    if not isinstance(absent, dict):
+        raise SpecError(f'{where}: absent is not a table; write [absent] and memory.bandwidth = "why" below.')
+    reasons = {}
+    for group, entry in absent.items():  # TOML reads memory.bandwidth as a table, and "memory.bandwidth" as one key
+        nested = entry if isinstance(entry, dict) else {"": entry}
+        reasons |= {f"{group}.{key}".rstrip("."): reason for key, reason in nested.items()}
+    for name, reason in reasons.items():
+        if name not in FIGURES:
+            raise SpecError(f"{where}: unknown figure {name!r} under [absent]; {nearest(name, FIGURES)}")
+        if not isinstance(reason, str) or not reason.strip():
+            raise SpecError(f"{where}: {name} is absent without a reason; say why no figure is given.")
+        if name in figures:
+            raise SpecError(f"{where}: {name} is given and listed under [absent]; keep one of them.")
+    return reasons
+
+
+def _check_memory(where: str, figures: dict[str, Figure]) -> None:
+    parts = ("memory.total", "memory.usable_fraction", "memory.reserve")
+    lacking = [part for part in parts if part not in figures]
+    if len(lacking) == len(parts):  # emulated devices
+        return
+    if lacking:
+        raise SpecError(f"{where}: without {', '.join(lacking)} nobody knows what fits; give all of memory or none.")
+    total, fraction, reserve = (figures[part].value for part in parts)
+    if reserve >= int(total * fraction):
+        raise SpecError(f"{where}: memory.reserve={reserve} B leaves nothing of {total} B x {fraction}; lower it.")
+
+
+def _check_torus(where: str, figures: dict[str, Figure]) -> None:
+    axes = len(figures["torus.slices"].value[0])
+    if "torus.cube" in figures and axes != 3:
+        raise SpecError(f"{where}: torus.cube needs slices of three axes, and torus.slices have {axes}; remove it.")
+    if figures["torus.chips"].value > 10**5:
+        raise SpecError(f"{where}: torus.chips={figures['torus.chips'].value} is above the limit of 100,000.")
+
+
+def _read_compiler(where: str, target: str, compiler: Any) -> tuple[dict[str, Any], str]:
+    needed = _COMPILER[target]
+    if not isinstance(compiler, dict):
+        raise SpecError(f"{where}: compiler is not a table; write [compiler] and its figures below.")
+    for key in compiler:
+        if key not in needed and key != "source":
+            if not needed:
+                raise SpecError(f"{where}: [compiler] holds {key!r}, but the cpu compiler needs nothing; remove it.")
+            raise SpecError(f"{where}: unknown key {key!r} under [compiler]; {nearest(key, needed)}")
+    missing = [key for key in needed if key not in compiler]
+    if missing:
+        raise SpecError(f"{where}: [compiler] lacks {', '.join(missing)}, which the {target} compiler needs.")
+    source = compiler.get("source", "")
+    if needed and (not isinstance(source, str) or not source.strip()):
+        raise SpecError(f"{where}: [compiler] has no source; say where its figures are from.")
+    for key, kind in needed.items():
+        if not _is_valid(key, kind, compiler[key]):
+            raise SpecError(f"{where}: [compiler] {key}={compiler[key]!r} is not {_WANTED[kind]}.")
+    return {key: compiler[key] for key in needed}, source
+
+
+_WANTED = {str: "a text", int: "a positive whole number", float: "a positive number", list: "a list as in [9, 0]"}
+_LENGTHS = {"compute_capability": (2, 0), "chips_per_host_bounds": (3, 1)}  # how many numbers, and their least value
+
+
+def _is_valid(key: str, kind: type, value: Any) -> bool:
+    if kind is str:
+        return isinstance(value, str) and bool(value.strip())
+    if kind is list:
+        length, least = _LENGTHS[key]
+        return isinstance(value, list) and len(value) == length and all(type(n) is int and n >= least for n in value)
+    if kind is float:
+        return type(value) in (int, float) and 0 < value < 1e30
+    return type(value) is int and 0 < value < 2**63
