@@ -4,7 +4,8 @@
 
 Each check runs cold: in a process of its own, with the cache of ledgers off. `start` is what a process pays before it
 does anything, imports of jax, flax and optax, measured in a process that does nothing else; `own` is what is left of
-the wall time after that, tracing and lowering, and XLA: our own share. The median of the repetitions is shown.
+the wall time after that, tracing and lowering, and XLA: our own share. The median of the repetitions is shown. The
+first row is what `jaxllm --help` takes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
+HELP = "jaxllm --help"
 CHECKS = {
     "llama-tiny, cpu:8": "llama-tiny --mesh cpu:8 --layout data=4,tensor=2,zero=3",
     "llama-2-7b, h100:8": "llama-2-7b --mesh h100:8 --layout data=4,tensor=2,zero=3,remat=full --batch 8 --seq 4096",
@@ -47,7 +49,10 @@ def timed(command: list[str]) -> tuple[float, float, str]:
 
 
 def measured(name: str) -> dict[str, float | str]:
-    """One check, taken apart."""
+    """One check, taken apart; of the help, wall time and memory."""
+    if name == HELP:
+        wall, memory, _ = timed([sys.executable, "-m", "jaxllm", "--help"])
+        return {"check": name, "wall": wall, "peak_gb": memory}
     start, _, _ = timed([sys.executable, "-c", "import jax, flax.nnx, optax; jax.devices()"])
     wall, memory, output = timed([sys.executable, "-m", "jaxllm", "check", *CHECKS[name].split(), "--json"])
     parts = json.loads(output)["seconds"]
@@ -62,11 +67,12 @@ def main() -> int:
     options = parser.parse_args()
     rows = []
     print("  ".join(f"{column:>10}" if column != "check" else f"{column:28}" for column in COLUMNS))
-    for name in CHECKS:
+    for name in (HELP, *CHECKS):
         runs = [measured(name) for _ in range(max(1, options.repeat))]
-        row = {"check": name} | {c: round(statistics.median(run[c] for run in runs), 2) for c in COLUMNS[1:]}
+        medians = {c: statistics.median(run[c] for run in runs) for c in COLUMNS[1:] if c in runs[0]}
+        row = {"check": name} | {c: round(value, 2) for c, value in medians.items()}
         rows.append(row)
-        print("  ".join(f"{row[c]:10}" if c != "check" else f"{row[c]:28}" for c in COLUMNS), flush=True)
+        print("  ".join(f"{row.get(c, ''):>10}" if c != "check" else f"{name:28}" for c in COLUMNS), flush=True)
     if options.csv:
         with options.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)

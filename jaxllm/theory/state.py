@@ -17,9 +17,9 @@ TOKEN = 4  # bytes of an int32
 def lines(s: Symbols) -> tuple[Line, ...]:
     """parameters, optimizer, batch, gradients and padding, in bytes per device."""
     table = weights(s)
-    parameters, parameter_padding = _held(s, table, s.p, stage=3, symbol="p", where="section 5.3")
-    state, state_padding = _held(s, table, s.o, stage=1, symbol="o", where="section 5.1")
-    gradients, gradient_padding = _held(s, table, s.g, stage=2, symbol="g", where="section 5.2")
+    parameters, parameter_padding = _held(s, table, "parameters", s.p, stage=3, symbol="p", where="section 5.3")
+    state, state_padding = _held(s, table, "optimizer", s.o, stage=1, symbol="o", where="section 5.1")
+    gradients, gradient_padding = _held(s, table, "gradients", s.g, stage=2, symbol="g", where="section 5.2")
     count = Term("step count", 4, "4", "Adam's t, an int32")
     tokens = 2 * TOKEN * s.m * s.b * s.T
     return (
@@ -34,7 +34,7 @@ def lines(s: Symbols) -> tuple[Line, ...]:
 
 
 def _held(
-    s: Symbols, table: Iterable[Weight], size: int, *, stage: int, symbol: str, where: str
+    s: Symbols, table: Iterable[Weight], owner: str, size: int, *, stage: int, symbol: str, where: str
 ) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
     """Bytes of every weight at `size` bytes an element, sliced from a ZeRO stage on; and the vocabulary's padding."""
     held, padding = [], []
@@ -46,7 +46,8 @@ def _held(
         formula = f"{weight.formula} {'L ' if weight.layers > 1 else ''}{symbol}"
         held.append(Term(weight.name, logical, f"{formula}/n if z >= {stage}", reference(ZERO, where)))
         if weight.name in ("embed", "head"):
-            padding.append(Term(f"{weight.name}: rows that pad the vocabulary", everything - logical, "(V' - V) D/t"))
+            label = f"rows that pad the vocabulary, {weight.name} in {owner}"
+            padding.append(Term(label, everything - logical, f"(V' - V) D/t {symbol}/n if z >= {stage}"))
     return tuple(held), tuple(padding)
 
 
