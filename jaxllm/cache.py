@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxllm.spec.ledger import Ledger, Line, Rule, Term
 
-Measured = tuple[Ledger, str, dict[str, float]]
+Measured = tuple[Ledger, str, dict[str, float]]  # the ledger, what the compiler refused with, seconds
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cuda-nvcc-cu12", "protobuf")
 
@@ -30,22 +30,22 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxllm"
 
 
-def recalled(lowered: Any, measured: Callable[[], Measured]) -> Measured:
-    """What was measured of this lowered program before, or is now. JAXLLM_CACHE= (empty) turns it off.
+def recalled(lowered: Any, measured: Callable[[], Measured]) -> tuple[Measured, bool]:
+    """What was measured of this lowered program, and whether that was before. JAXLLM_CACHE= (empty) turns it off.
 
     The text of a program does not say what it is for: `lowered.built.hardware` does, and is a part of the key.
     """
     if os.environ.get("JAXLLM_CACHE") == "":
-        return measured()
+        return measured(), False
     path = folder() / f"{_key(lowered)}.json"
     try:
         stored = json.loads(path.read_text())
-        return _ledger(stored["ledger"]), stored["refused"], stored["seconds"] | {"cached": 1.0}
+        return (_ledger(stored["ledger"]), stored["refused"], stored["seconds"]), True
     except (OSError, ValueError, KeyError, TypeError):
         pass
     ledger, refused, seconds = measured()
     _store(path, {"ledger": dataclasses.asdict(ledger), "refused": refused, "seconds": seconds})
-    return ledger, refused, seconds
+    return (ledger, refused, seconds), False
 
 
 def _store(path: Path, content: dict[str, Any]) -> None:

@@ -40,10 +40,12 @@ def build(
 ) -> Built:
     """A training step for the model on the mesh, for the mesh's own target or another.
 
-    Starts jax when it is not running yet. Raises SpecError when the nouns do not go together, TargetError when the
+    Starts jax when it is not running yet, for which it sets environment variables of this process: JAX_PLATFORMS,
+    XLA_FLAGS and others that tell jax which devices there are. Raises SpecError when the nouns do not go together, TargetError when the
     target cannot be used here.
     """
     target = target or mesh.target
+    targets.validate(target, mesh)
     validate(model, layout, mesh.devices, workload)
     start.prepare(target, mesh.devices)
     with start.quiet():
@@ -94,7 +96,7 @@ def check(
     def measured() -> tuple[Ledger, str, dict[str, float]]:
         nonlocal steps
         progress(f"compiling with XLA:{lowered.compiler.upper()}")
-        compiled = compiler.compile(lowered)
+        compiled = compiler.compile(lowered, progress)
         begin = time.perf_counter()
         ledger = measure(compiled)
         spent = {"compile": round(compiled.seconds, 3), "measure": round(time.perf_counter() - begin, 3)}
@@ -103,10 +105,12 @@ def check(
             steps = runs.run(built, compiled.executable)
         return ledger, compiled.refused, spent
 
-    ledger, refused, spent = measured() if run else recalled(lowered, measured)
+    (ledger, refused, spent), cached = (measured(), False) if run else recalled(lowered, measured)
     unknown = dict.fromkeys(("matmul", *COLLECTIVES), PLAIN_AUTODIFF) if layout.remat == "jax" else {}
     comparison = compare(predicted, ledger, capacity=mesh.capacity, not_comparable=unknown, refused=refused)
-    return dataclasses.replace(comparison, run=steps, seconds={"lower": round(lowered.seconds, 3)} | spent)
+    return dataclasses.replace(
+        comparison, run=steps, seconds={"lower": round(lowered.seconds, 3)} | spent, cached=cached
+    )
 
 
 def check_largest(
@@ -121,20 +125,21 @@ def check_largest(
 ) -> tuple[Workload, Comparison]:
     """The largest workload that fits: searched for by closed form, confirmed by a compile.
 
-    `resolved(share)` is the workload whose closed form fills that share of the capacity. Where the compile finds the
-    closed form too hopeful, the search is repeated with the share that the compile found, twice at most.
+    `resolved(factor)` is the workload that fits when all that grows with it is `factor` times the closed form's. Where
+    the compile finds the closed form too hopeful, the search is repeated with the factor that it found, twice at most.
     """
-    share, hopeful = 1.0, []
+    factor, hopeful = 1.0, []
     while True:
-        workload = resolved(share)
+        workload = resolved(factor)
         comparison = check(model, layout, mesh, workload, target=target, run=run, progress=progress)
         peak = comparison.peak
-        if comparison.fits or len(hopeful) == 2 or resolved(0.0) == workload:
+        if comparison.fits or len(hopeful) == 2 or resolved(math.inf) == workload:
             return workload, dataclasses.replace(comparison, notes=(*comparison.notes, *hopeful))
         hopeful.append(
             f"by closed form alone batch {workload.batch:,} of {workload.sequence:,} tokens fits; compiled it does not"
         )
-        share *= peak.predicted / peak.compiled if peak.compiled else 1 - peak.tolerance
+        held = _held(comparison)
+        factor = (peak.compiled - held) / (peak.predicted - held) if peak.compiled else factor * (1 + peak.tolerance)
 
 
 def resolve(
@@ -147,11 +152,11 @@ def resolve(
     optimizer: str = "adamw",
     gradient_dtype: str = "",
     *,
-    share: float = 1.0,
+    factor: float = 1.0,
 ) -> Workload:
     """The workload with its defaults filled in, and `max` searched for by closed form.
 
-    `share` of the capacity is what the closed form may fill: below 1 when a compile has found it too hopeful.
+    What is not held between steps counts `factor` times: above 1 when a compile has found the closed form too hopeful.
     Raises SpecError where there is no limit to search against, or no closed form.
     """
     if "max" in (batch, sequence):
@@ -165,7 +170,9 @@ def resolve(
         return Workload(sequences * parts, tokens, precision, optimizer, gradient_dtype)
 
     def fits(candidate: Workload) -> bool:
-        return predict(model, layout, candidate).peak <= mesh.capacity * share
+        ledger = predict(model, layout, candidate)
+        held = _held(ledger)
+        return held + factor * (ledger.peak - held) <= mesh.capacity
 
     if isinstance(batch, int):  # checked here, so that what follows may count in sequences per device
         sequences = Workload(batch, 1, precision).sequences_per_device(layout)
@@ -179,6 +186,13 @@ def resolve(
     if batch == "max":
         sequences = _largest(lambda count: fits(workload(count, tokens)))
     return workload(sequences, tokens)
+
+
+def _held(ledger: Ledger | Comparison) -> int:
+    """Bytes that do not grow with the workload, by closed form: state and gradients."""
+    lines = {line.name: line for line in ledger.section("memory")}
+    names = ("parameters", "optimizer", "gradients", "padding")
+    return sum(getattr(lines[name], "predicted" if isinstance(ledger, Comparison) else "value") for name in names)
 
 
 def _largest(fits: Callable[[int], bool], most: float = math.inf) -> int:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from jaxllm.spec.errors import SpecError, TargetError, nearest
+from jaxllm.spec.errors import SpecError, TargetError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from jaxllm.report import Comparison, Setup
 
 INTERRUPTED = 130
+DUMP = "jaxllm-"  # what the folder of a compilation begins with, and the number of the process then
 
 Work = Callable[[], int]
 
@@ -46,6 +50,8 @@ def run() -> None:
 
 def _interrupt(*_: object) -> None:
     """Ends at once. An exception could be lost in a callback of JAX's, or wait until a compiler returns."""
+    for dump in glob.glob(os.path.join(tempfile.gettempdir(), f"{DUMP}{os.getpid()}-*")):
+        shutil.rmtree(dump, ignore_errors=True)
     os._exit(_fail("interrupted", INTERRUPTED))
 
 
@@ -53,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
+        _check_once(arguments)
         if not arguments:
             raise SpecError("name a command, which is check, models or meshes; jaxllm --help tells more.")
         # Commands only parse and return the work to do. It is done here, out of typer's reach, which has its own
@@ -86,6 +93,14 @@ def main(argv: list[str] | None = None) -> int:
         )
 
 
+def _check_once(arguments: list[str]) -> None:
+    """No option of ours is meant to be given twice, and the last would win. Raises SpecError."""
+    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise SpecError(f"{twice} is given twice; keep one of them.")
+
+
 def _fail(sentence: str, code: int) -> int:
     with contextlib.suppress(OSError):
         print(f"jaxllm: {_one_line(sentence)}", file=sys.stderr)
@@ -93,7 +108,8 @@ def _fail(sentence: str, code: int) -> int:
 
 
 def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
+    """Without line breaks, and with what a terminal would obey rather than show written out."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in " ".join(str(text).split()))
 
 
 def _usage(error: Any) -> str:
@@ -220,25 +236,24 @@ def _check(
         gradient_dtype=gradient_dtype or "",
     )
     validate(model, layout, mesh.devices, least)
+    from jaxllm import check as pipeline
 
+    def resolved(factor: float = 1.0) -> Workload:
+        return pipeline.resolve(
+            model, layout, mesh, batch_size, sequence, precision, optimizer, gradient_dtype or "", factor=factor
+        )
+
+    workload = resolved()
     with _progress() as say:
         say("starting JAX")
         from jaxllm.targets import start
 
         start.prepare(target, mesh.devices)  # some of it is read when JAX is imported
         with start.quiet():
-            from jaxllm import check as pipeline
-
-            def resolved(share: float = 1.0) -> Workload:
-                return pipeline.resolve(
-                    model, layout, mesh, batch_size, sequence, precision, optimizer, gradient_dtype or "", share=share
-                )
-
             options: dict[str, Any] = {"target": target, "run": run, "progress": say}
             if "max" in (batch_size, sequence):
                 workload, comparison = pipeline.check_largest(model, layout, mesh, resolved, **options)
             else:
-                workload = resolved()
                 comparison = pipeline.check(model, layout, mesh, workload, **options)
 
     from jaxllm.report import Setup, exit_code
@@ -297,8 +312,14 @@ def _meshes(text: str | None, as_json: bool) -> int:
 
     if text is not None:
         # a machine's figures do not depend on its size: `h100:16` is taken as well and adds the size
-        noun = Machine.load(text) if ":" in text else Machine.read(text)
-        _describe(text, noun, as_json)
+        if ":" not in text:
+            _describe(text, Machine.read(text), as_json)
+            return 0
+        mesh = Machine.load(text)
+        if as_json:
+            print(json.dumps(mesh.to_json() | {"machine": mesh.machine.to_json()}, indent=2))
+        else:
+            _describe(text, mesh, as_json)
         return 0
     known = {name: Machine.read(name) for name in Machine.names()}
     heads = ("machine", "target", "memory", "usable", "bf16", "node", "description")
@@ -339,22 +360,9 @@ def _describe(name: str, noun: Any, as_json: bool) -> None:
 def _target(text: str | None, mesh: Any, run: bool) -> str:
     """The compiler to ask. Raises SpecError where machine, size, target and --run do not go together."""
     from jaxllm import targets
-    from jaxllm.targets.cpu import MOST_DEVICES
 
-    own = mesh.machine.target
-    target = own if text is None else text
-    if target not in targets.names():
-        raise SpecError(f"--target: unknown target {target!r}; {nearest(target, targets.names())}")
-    if target in ("gpu", "tpu") and target != own:
-        raise SpecError(
-            f"--target {target} cannot compile for {mesh}, whose compiler is {own}; "
-            f"leave --target out, or emulate it with --target cpu."
-        )
-    if target == "cpu" and mesh.devices > MOST_DEVICES:
-        raise SpecError(
-            f"--target cpu emulates up to {MOST_DEVICES:,} devices and {mesh} has {mesh.devices:,}; "
-            + (f"use --target {own}, or a smaller mesh." if own != "cpu" else "use a smaller mesh.")
-        )
+    target = mesh.machine.target if text is None else text
+    targets.validate(target, mesh)
     if run and target not in ("cpu", "local"):
         raise SpecError(
             f"--run needs devices that are here and --target {target} only compiles; use --target cpu or local."
@@ -367,7 +375,7 @@ def _size(option: str, text: str | None) -> int | Literal["max"] | None:
     if text is None or text == "max":
         return text
     if not (text.isascii() and text.isdecimal()) or len(text) > 9 or int(text) < 1:
-        raise SpecError(f"{option} {text} is neither a whole number from 1 to 10^9 nor max; write it like {option} 8.")
+        raise SpecError(f"{option} {text!r} is neither a whole number from 1 to 10^9 nor max; write it like {option} 8.")
     return int(text)
 
 

@@ -62,7 +62,7 @@ def put_beside(
         candidates = {line.name for line in missing if line.axes == over and line.dtype == dtype} - {kind}
         instead = f", perhaps instead of {' or '.join(sorted(candidates))}" if candidates else ""
         notes.append(
-            f"emitted: {kind} of {value} bytes of {dtype} over {'+'.join(over)}"
+            f"emitted: {kind} of {value:,} bytes of {dtype} over {'+'.join(over)}"
             f"{f' in {phase}' if phase else ', phase unknown'}{instead}"
         )
     return tuple(matched), tuple(notes)

@@ -50,6 +50,8 @@ def measure(dump: Dump, axes: dict[str, int], *, logical_bytes: dict[str, int] |
         emitted_runs = executions(optimized)
         collectives, notes = put_beside(collectives, emitted_payload(optimized, emitted_runs, axes), dump.target)
         notes += tuple(f"optimized module: {text}" for text in emitted_runs.unexplained)
+        if buffers.on_chip:
+            notes += (f"the peak counts HBM alone; {buffers.on_chip:,} bytes of this program lie in on-chip memory",)
 
     arguments += [gradient_line(partitioned, runs), residual_line(partitioned, runs)]
     memory = {line.name: line for line in arguments}

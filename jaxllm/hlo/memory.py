@@ -31,6 +31,11 @@ class Buffers:
         """The allocations that last beyond one thread."""
         return [allocation for allocation in self.proto.buffer_allocations if not allocation.is_thread_local]
 
+    @property
+    def on_chip(self) -> int:
+        """Bytes of temporaries in a TPU's own memories, which are no part of HBM."""
+        return sum(a.size for a in self.allocations if a.color not in (HBM, HOST) and not a.is_entry_computation_parameter)
+
     def size(self, color: int) -> int:
         """Bytes of all allocations in one memory space."""
         return sum(allocation.size for allocation in self.allocations if allocation.color == color)

@@ -78,7 +78,7 @@ def cpu_f32_promotion(lines: list[Line], left: dict[tuple, int]) -> list[Line]:
             continue
         if twin is not None:
             placed[twin] = replace(placed[twin], emitted=placed[twin].value)
-        why = f"XLA:CPU runs this collective in f32, at {surplus} bytes for {line.value}"
+        why = f"XLA:CPU runs this collective in f32, at {surplus:,} bytes for {line.value:,}"
         rule = Rule("cpu-f32-promotion", surplus - line.value, why)
         placed[position] = replace(line, emitted=surplus, rules=(*line.rules, rule))
     return placed

@@ -138,6 +138,7 @@ class Comparison:
     notes: tuple[str, ...] = ()
     run: RunResult | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    cached: bool = False  # what was compiled and measured is from an earlier check; so are its seconds
 
     @property
     def fits(self) -> bool:
@@ -151,8 +152,8 @@ class Comparison:
 
     @property
     def certain(self) -> bool:
-        """What `--strict` asks for on top: every line comparable, and the peak inside its tolerance."""
-        return self.peak.within is True and all(row.status != NOT_COMPARABLE for row in self.rows)
+        """What `--strict` asks for on top: every line comparable, and both peaks known."""
+        return self.peak.error is not None and all(row.status != NOT_COMPARABLE for row in self.rows)
 
     def section(self, name: str) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row.section == name)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from jaxllm.report.compare import NOT_COMPARABLE, Comparison, Row, Setup
+from jaxllm.report.compare import NOT_COMPARABLE, Comparison, Row, Setup, worst
 from jaxllm.spec.ledger import Rule
 
 SCHEMA = 1
@@ -46,14 +46,19 @@ def document(comparison: Comparison, setup: Setup) -> dict[str, Any]:
         "flops": [_flops(row) for row in comparison.section("flops")],
         "collectives": [_collective(row) for row in comparison.section("collectives")],
         "unexplained": list(comparison.unexplained),
+        "notes": list(comparison.notes),
         "peak": {
             "predicted": peak.predicted,
             "compiled": peak.compiled,
             "capacity": peak.capacity,
             "fits": peak.fits,
+            "tolerance": peak.tolerance,
+            "within_tolerance": peak.within,
+            "refused": peak.refused,
         },
         "run": _run(comparison),
         "seconds": {name: round(value, 3) for name, value in comparison.seconds.items()},
+        "cached": comparison.cached,
         "agrees": comparison.agrees,
     }
 
@@ -127,6 +132,9 @@ def _run(comparison: Comparison) -> dict[str, Any] | None:
         "steps": run.steps,
         "max_relative_error": _finite(run.max_relative_error),
         "losses": [_finite(loss) for loss in run.losses],
+        "tolerance": run.tolerance,
+        "worst": worst(run.errors),
+        "agrees": run.agrees,
     }
 
 

@@ -45,7 +45,9 @@ def symbols(setup: Setup) -> dict[str, Any]:
 
     s = Symbols.of(setup.model, setup.layout, setup.workload)
     letters = "L D F N K H V r n t z m b T p c g o".split()
-    return {"B": setup.workload.batch, "Psi": setup.model.parameters} | {name: getattr(s, name) for name in letters}
+    values = {"B": setup.workload.batch, "Psi": setup.model.parameters} | {name: getattr(s, name) for name in letters}
+    padded = -(-s.V // s.t) * s.t
+    return values | ({"V'": padded} if padded != s.V else {})
 
 
 def print_explanation(comparison: Comparison, setup: Setup, text: str, out: Console) -> None:

@@ -35,7 +35,7 @@ def check_path(text: str) -> Path:
     """The path of a picture that can be written, so that no long work is done in vain. Raises SpecError."""
     path = Path(text)
     if path.suffix.lower() not in SUFFIXES:
-        raise SpecError(f"--plot {text}: {path.suffix or 'no suffix'} is not a picture; end it in .png, .svg or .pdf.")
+        raise SpecError(f"--plot {text!r}: {path.suffix or 'no suffix'} is not a picture; end it in .png, .svg or .pdf.")
     if path.is_dir():
         raise SpecError(f"--plot {text} is a folder; name a file in it.")
     if not path.parent.is_dir():
@@ -127,6 +127,8 @@ def _draw_memory(axes: Axes, comparison: Comparison) -> None:
         height = max(height, limit)
     for x, top, value in zip((0, 1), tops, (peak.predicted, peak.compiled), strict=True):
         text = "peak unknown" if value is None else f"peak {human(value)}"
+        if value is not None and value < top:  # a TPU keeps what it can on the chip
+            text += " of HBM,\nthe rest is on chip"
         axes.annotate(
             text, (x, max(top, value or 0)), (0, 5), textcoords="offset points", ha="center", weight="bold",
             bbox=_ON_WHITE,

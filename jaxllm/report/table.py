@@ -79,7 +79,8 @@ def verdict(comparison: Comparison, setup: Setup) -> list[tuple[str, str, str]]:
     if comparison.run is not None:
         lines.append(("run", *_run_verdict(comparison)))
     if comparison.seconds:
-        lines.append(("seconds", ", ".join(f"{name} {value:.1f}" for name, value in comparison.seconds.items()), ""))
+        parts = [f"{name} {value:.1f}" for name, value in comparison.seconds.items()]
+        lines.append(("seconds", ", ".join(parts) + ("; all but the first from the cache" if comparison.cached else ""), ""))
     return lines
 
 

@@ -16,6 +16,6 @@ class TargetError(RuntimeError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint to end an 'unknown ...' message with: the nearest known name, or all of them."""
-    known = sorted(known)
+    word, known = str(word), sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

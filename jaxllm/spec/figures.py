@@ -269,16 +269,16 @@ def _read_compiler(where: str, target: str, compiler: Any) -> tuple[dict[str, An
     return {key: compiler[key] for key in needed}, source
 
 
-_WANTED = {str: "a text", int: "a positive whole number", float: "a positive number", list: "a list as in [9, 0]"}
+_WANTED = {str: "a text without quotes", int: "a positive whole number below 10^15", float: "a positive number", list: "a list as in [9, 0]"}
 _LENGTHS = {"compute_capability": (2, 0), "chips_per_host_bounds": (3, 1)}  # how many numbers, and their least value
 
 
 def _is_valid(key: str, kind: type, value: Any) -> bool:
-    if kind is str:
-        return isinstance(value, str) and bool(value.strip())
+    if kind is str:  # it is quoted in what the compiler is given
+        return isinstance(value, str) and bool(value.strip()) and value.isprintable() and not set(value) & set("\"\\")
     if kind is list:
         length, least = _LENGTHS[key]
         return isinstance(value, list) and len(value) == length and all(type(n) is int and n >= least for n in value)
     if kind is float:
         return type(value) in (int, float) and 0 < value < 1e30
-    return type(value) is int and 0 < value < 2**63
+    return type(value) is int and 0 < value < 10**15

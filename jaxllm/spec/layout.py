@@ -47,6 +47,8 @@ class Layout:
         """Reads `data=8,tensor=4,zero=3,remat=full`. Raises SpecError on anything else."""
         known = {field.name: field for field in fields(cls)}
         values: dict[str, int | str] = {}
+        if not isinstance(text, str):
+            raise SpecError(f"layout: {text!r} is not a text; write it like 'data=4,tensor=2'.")
         if not text.strip():
             raise SpecError("layout: it is blank; write data=1 for a single device, or degrees as in data=4,tensor=2.")
         for item in text.split(","):

@@ -49,6 +49,8 @@ class Machine:
     @classmethod
     def load(cls, text: str) -> Mesh:
         """A machine with its size: `h100:16`, `h100:2048x8`, `v5p:4x4x4`, `my.toml:8`. Raises SpecError."""
+        if not isinstance(text, str):
+            raise SpecError(f"mesh: {text!r} is not a text; write it like 'h100:8'.")
         name, colon, size = text.rpartition(":")
         if not colon:
             machine = cls.read(text)
@@ -277,7 +279,7 @@ def _check_cpu(machine: Machine, shape: tuple[int, ...], text: str) -> None:
     if len(shape) != 1:
         raise SpecError(f"mesh: {text!r} gives a shape, but emulated devices are only counted; write cpu:8.")
     if shape[0] > limit:
-        raise SpecError(f"mesh: {text!r} asks for {shape[0]} emulated devices; the limit of one process is {limit}.")
+        raise SpecError(f"mesh: {text!r} asks for {shape[0]} emulated devices; the limit of one process is {limit}; take fewer.")
 
 
 def _check_gpu(machine: Machine, shape: tuple[int, ...], text: str) -> None:

@@ -298,7 +298,8 @@ def _read_config(path: Path) -> ModelConfig:
     # What makes it another model comes first: its many foreign keys say less.
     if config.get("model_type") != "llama":
         raise SpecError(
-            f"{where}: model_type={config.get('model_type')!r} is not of the Llama family; only 'llama' is supported."
+            f"{where}: model_type={config.get('model_type')!r} is not of the Llama family; give a config of model_type "
+            "'llama'."
         )
     for key, value in config.items():
         if key in _ONLY:

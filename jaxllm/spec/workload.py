@@ -52,7 +52,7 @@ class Workload:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SpecError(f"workload: {name}={value} is not a whole number of 1 or more.")
-        if self.precision not in PRECISIONS:
+        if self.precision not in tuple(PRECISIONS):
             raise SpecError(f"workload: unknown precision {self.precision!r}; {nearest(self.precision, PRECISIONS)}")
         if self.optimizer not in OPTIMIZERS:
             raise SpecError(f"workload: unknown optimizer {self.optimizer!r}; {nearest(self.optimizer, OPTIMIZERS)}")

@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from types import ModuleType
+from typing import Any
 
-from jaxllm.spec.errors import SpecError, nearest
+from jaxllm.spec.errors import SpecError
+from jaxllm.targets.cpu import MOST_DEVICES
 
 
 def names() -> tuple[str, ...]:
@@ -22,5 +24,21 @@ def names() -> tuple[str, ...]:
 def module(target: str) -> ModuleType:
     """The module of a target. Raises SpecError for an unknown name."""
     if target not in names():
-        raise SpecError(f"unknown target {target!r}; {nearest(target, names())}")
+        raise SpecError(f"unknown target {target!r}; choose {', '.join(names())}.")
     return importlib.import_module(f"jaxllm.targets.{target}")
+
+
+def validate(target: str, mesh: Any) -> None:
+    """Raises SpecError where the target cannot be that mesh's: another kind of machine, or more than can be emulated."""
+    module(target)
+    own = mesh.machine.target
+    if target in ("gpu", "tpu") and target != own:
+        raise SpecError(
+            f"--target {target} cannot compile for {mesh}, whose compiler is {own}; "
+            f"leave --target out, or emulate it with --target cpu."
+        )
+    if target == "cpu" and mesh.devices > MOST_DEVICES:
+        raise SpecError(
+            f"--target cpu emulates up to {MOST_DEVICES:,} devices and {mesh} has {mesh.devices:,}; "
+            + (f"use --target {own}, or a smaller mesh." if own != "cpu" else "use a smaller mesh.")
+        )

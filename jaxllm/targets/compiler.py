@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,8 @@ from jaxllm.targets.start import quiet
 
 # jax's name of a platform -> whose file names and habits the dump has
 COMPILERS = {"cpu": "cpu", "cuda": "gpu", "gpu": "gpu", "rocm": "gpu", "tpu": "tpu"}
+
+TELL_EVERY = 30  # seconds
 
 # The passes after which each compiler is told to dump; XLA:GPU dumps the partitioned module by itself.
 PARTITIONED = {"cpu": "spmd-partitioning", "gpu": "spmd-partitioner", "tpu": "tpu-spmd-partitioning"}
@@ -61,13 +65,13 @@ def lower(built: Any) -> Lowered:
     return Lowered(built, stages, time.perf_counter() - start)
 
 
-def compile(program: Any) -> Compiled:
-    """Compiles a step that `build` made, or that `lower` has lowered already.
+def compile(program: Any, progress: Callable[[str], None] = lambda message: None) -> Compiled:
+    """Compiles a step that `build` made, or that `lower` has lowered already. `progress` hears of a long one.
 
     Raises TargetError when the compiler fails for a reason other than memory.
     """
     lowered = program if isinstance(program, Lowered) else lower(program)
-    folder = tempfile.TemporaryDirectory(prefix="jaxllm-", ignore_cleanup_errors=True)
+    folder = tempfile.TemporaryDirectory(prefix=f"jaxllm-{os.getpid()}-", ignore_cleanup_errors=True)
     options = {
         "xla_dump_to": folder.name,
         "xla_dump_hlo_as_proto": True,
@@ -77,16 +81,21 @@ def compile(program: Any) -> Compiled:
     executable, refused, start = None, "", time.perf_counter()
     with quiet():
         try:
-            executable = _interruptible(lambda: lowered.stages.compile(compiler_options=options))
+            executable = _interruptible(lambda: lowered.stages.compile(compiler_options=options), progress)
         except Exception as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not _is_memory(str(error)):
                 raise TargetError(f"XLA:{lowered.compiler.upper()} refused the step: {first_line(error)}") from error
             refused = memory_message(str(error))
     return Compiled(lowered, folder, executable, refused, time.perf_counter() - start)
 
 
-def _interruptible(work: Callable[[], Any]) -> Any:
-    """Does the work in a thread of its own, so that an interrupt need not wait until XLA returns."""
+def _is_memory(text: str) -> bool:
+    """Whether an error says that the program needs more memory than the device has, and not a unit of its own less."""
+    return "RESOURCE_EXHAUSTED" in text and bool(re.search(r"\bhbm\b|out of memory", text, re.I))
+
+
+def _interruptible(work: Callable[[], Any], progress: Callable[[str], None]) -> Any:
+    """Does the work in a thread of its own, so that an interrupt need not wait until XLA returns, and tells the time."""
     outcome: Future[Any] = Future()
 
     def body() -> None:
@@ -96,6 +105,9 @@ def _interruptible(work: Callable[[], Any]) -> Any:
             outcome.set_exception(error)
 
     threading.Thread(target=body, daemon=True).start()
+    begin = time.perf_counter()
+    while not wait((outcome,), timeout=TELL_EVERY).done:
+        progress(f"still compiling, for {time.perf_counter() - begin:.0f} s now")
     return outcome.result()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxllm.spec.errors import TargetError
 
-INSTALL = "pip install 'jaxllm[gpu-target]' installs it"
+INSTALL = "pip install 'jax[cuda12-local]' nvidia-cuda-nvcc-cu12 installs it"
 WHEELS = (("Linux", "x86_64"), ("Linux", "aarch64"))
 
 # XLA plans a program for 80 % of the card's memory and recomputes by itself when that is short, which would put
@@ -50,7 +50,10 @@ def devices(mesh: Any) -> list[Any]:
             ).devices
         )
     except Exception as error:
-        raise TargetError(f"XLA:GPU cannot describe {mesh.text}: {_first_line(error)}; {INSTALL}.") from error
+        raise TargetError(
+            f"XLA:GPU cannot describe {mesh.text}: {_first_line(error)}; correct [compiler] in its machine file, or "
+            "emulate it with --target cpu."
+        ) from error
 
 
 def target_config(machine: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxllm.spec.errors import TargetError
 
-INSTALL = "pip install 'jaxllm[tpu-target]' installs it"
+INSTALL = "pip install 'jax[tpu]' installs it"
 WHEELS = (("Linux", "x86_64"),)
 
 
@@ -43,4 +43,7 @@ def devices(mesh: Any) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=mesh.topology, **extra).devices)
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise TargetError(f"libtpu cannot describe {mesh.text}: {reason}") from error
+        raise TargetError(
+            f"libtpu cannot describe {mesh.text}: {reason}; correct [compiler] in its machine file, or emulate it with "
+            "--target cpu."
+        ) from error

@@ -2,7 +2,7 @@
 
 remat=full saves each block's input. remat=none also saves what the backward pass would need a matmul, or a
 sum over devices, to compute again. Korthikanti et al. 2022 count the like for a GPT block: in section 4.1 all that is
-saved, in section 5 the input alone. Theirs has dropout masks and a plain feed-forward, and saves the softmax's output;
+saved, in section 4.2.1 divided by tensor parallelism, in section 5 the input alone. Theirs has dropout masks and a plain feed-forward, and saves the softmax's output;
 ours saves the scores that go into it, as many bytes.
 """
 
@@ -28,8 +28,8 @@ def residuals(s: Symbols) -> Line:
     widths = {
         "block input": (s.D, "D"),
         "q": (none * s.N * s.H // s.t, "N H/t"),
-        "k": (none * kv_heads(s) * s.H, "K H/t"),
-        "v": (none * kv_heads(s) * s.H, "K H/t"),
+        "k": (none * kv_heads(s) * s.H, "max(K/t, 1) H"),
+        "v": (none * kv_heads(s) * s.H, "max(K/t, 1) H"),
         "scores": (none * s.N // s.t * s.T, "N T/t"),
         "attention": (none * s.N * s.H // s.t, "N H/t"),
         "residual": (none * s.D, "D"),
@@ -40,8 +40,8 @@ def residuals(s: Symbols) -> Line:
         Term(
             name,
             s.L * s.b * s.T * width * s.c,
-            f"L b T ({symbols}) c{'' if name == 'block input' else ' if remat=none'}",
-            reference(KORTHIKANTI, "section 5" if name == "block input" else "section 4.1"),
+            f"L b T {symbols} c" if name == "block input" else f"L b T {symbols} c, as remat=none",
+            reference(KORTHIKANTI, "section 5" if name == "block input" else "sections 4.1 and 4.2.1"),
         )
         for name, (width, symbols) in widths.items()
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxllm.spec.ledger import Line, Term, merge, wire_bytes
 from jaxllm.theory.parameters import OUTER, Weight, weights
-from jaxllm.theory.symbols import MEGATRON, ZERO, Symbols, reference
+from jaxllm.theory.symbols import MEGATRON, ZERO, Symbols, pick, reference
 
 BATCH = ("replica", "data")
 SCALAR = 4
@@ -67,7 +67,7 @@ def _tensor(s: Symbols) -> tuple[Line, ...]:
         over_tensor("forward", 2 * s.L * s.m, "after o and after down", "2 L m b T D c", block),
         over_tensor("forward", s.m, "embedding lookup", "m b T D c", ends),
         # The last matmul of a block is not computed again, so neither is its sum.
-        over_tensor("recompute", s.L * s.m * s.full, "after o", "L m b T D c if remat=full", block),
+        over_tensor("recompute", s.L * s.m * s.full, "after o", "L m b T D c, as remat=full", block),
         over_tensor("backward", 2 * s.L * s.m, "inputs of q, k, v and of gate, up", "2 L m b T D c", block),
         over_tensor("backward", s.m, "input of the head", "m b T D c", ends),
         _line(
@@ -97,15 +97,15 @@ def _gathers(s: Symbols, weight: Weight) -> tuple[Line, ...]:
     return (
         _line(
             s, "all-gather", ("data",), "forward", "c", stage3 * weight.layers * s.m, gather,
-            (f"{weight.name}, before use", f"{prefix} {weight.formula} c if z = 3", reference(ZERO, "section 7.2.2")),
+            (f"{weight.name}, before use", f"{prefix} {weight.formula} c, as z = 3", reference(ZERO, "section 7.2.2")),
         ),
         _line(
             s, "all-gather", ("data",), "backward", "c", stage3 * weight.layers * s.m * layered, gather,
-            (f"{weight.name}, again", f"{prefix} {weight.formula} c if z = 3", reference(ZERO, "section 7.2.2")),
+            (f"{weight.name}, again", f"{prefix} {weight.formula} c, as z = 3", reference(ZERO, "section 7.2.2")),
         ),
         _line(
             s, "all-gather", ("data",), "update", "p", stage12 * weight.layers, weight.whole * s.p,
-            (f"{weight.name}, updated", f"{prefix[:-2]} {weight.formula} p if z = 1, 2".strip(),
+            (f"{weight.name}, updated", f"{prefix[:-2]} {weight.formula} p, as z is 1 or 2".strip(),
              reference(ZERO, "section 7.2.1")),
         ),
     )  # fmt: skip
@@ -122,23 +122,27 @@ def _reductions(s: Symbols, weight: Weight) -> tuple[Line, ...]:
     layered = weight.name not in OUTER
     times = np.where(s.z >= 2, s.m, 1)
     formula = f"{'L ' if layered else ''}{weight.formula} g"
+    why = pick(s.z == 0, "as z = 0", pick(s.n == 1, "as n = 1", "as n divides none of its dims"))
     lines_: list[Line] = []
     for shared in (False, True):
         here = np.equal(weight.shared, shared)
         extra = ("tensor",) if shared else ()
+        source = "every tensor rank has a part of it" if shared else reference(ZERO, "section 7.1")
         lines_ += [
             _line(
                 s, "all-reduce", (*BATCH, *extra), "backward", "g", 1 * (~in_parts & here), whole,
-                (f"gradient of {weight.name}", f"{formula} if z = 0", reference(ZERO, "section 7.1")),
+                (f"gradient of {weight.name}", f"{formula}, {why}", source),
             ),
             _line(
                 s, "all-reduce", ("replica", *extra), "backward", "g", 1 * (in_parts & here), whole // weight.parts,
-                (f"slice of the gradient of {weight.name}", f"{formula}/n if z >= 1", "hybrid sharding"),
+                (f"slice of the gradient of {weight.name}", f"{formula}/n, as z >= 1",
+                 source if shared else "hybrid sharding"),
             ),
         ]  # fmt: skip
+    detail = pick(s.z >= 2, f"m {formula}, as z >= 2", f"{formula}, as z = 1")
     scatter = _line(
         s, "reduce-scatter", ("data",), "backward", "g", in_parts * times * weight.layers, weight.whole * s.g,
-        (f"gradient of {weight.name}", f"{formula}, m times if z >= 2", reference(ZERO, "section 7.2")),
+        (f"gradient of {weight.name}", detail, reference(ZERO, "section 7.2")),
     )  # fmt: skip
     return (*lines_, scatter)
 

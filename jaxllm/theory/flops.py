@@ -1,6 +1,6 @@
 """FLOPs of the matmuls, per device and step: 2 for each multiply-add. Attention is over the whole T x T square.
 
-Backward is twice forward: one matmul for the input's gradient, one for the weight's (the scaling book's 6 Psi D).
+Backward is twice forward: one matmul for the input's gradient, one for the weight's. So a token costs 6 Psi, and attention beside (the scaling book, chapter 4).
 remat=full computes a block again but for its last matmul, whose output nobody needs.
 """
 
@@ -18,8 +18,8 @@ def lines(s: Symbols) -> tuple[Line, ...]:
     padded = -(-s.V // s.t)
     block = {
         "q": (2 * s.D * s.N * s.H // s.t, "2 D N H/t"),
-        "k": (2 * s.D * kv_heads(s) * s.H, "2 D K H/t"),
-        "v": (2 * s.D * kv_heads(s) * s.H, "2 D K H/t"),
+        "k": (2 * s.D * kv_heads(s) * s.H, "2 D max(K/t, 1) H"),
+        "v": (2 * s.D * kv_heads(s) * s.H, "2 D max(K/t, 1) H"),
         "scores": (2 * s.T * s.N * s.H // s.t, "2 T N H/t"),
         "attention": (2 * s.T * s.N * s.H // s.t, "2 T N H/t"),
         "o": (2 * s.D * s.N * s.H // s.t, "2 D N H/t"),
@@ -29,13 +29,13 @@ def lines(s: Symbols) -> tuple[Line, ...]:
     }
     source = reference(BOOK, "chapter 4, transformer FLOPs")
     forward = tuple(Term(name, s.L * tokens * each, f"L m b T {text}", source) for name, (each, text) in block.items())
-    forward += (Term("head", tokens * 2 * s.D * padded, "m b T 2 D V/t", source),)
+    forward += (Term("head", tokens * 2 * s.D * padded, "m b T 2 D V'/t", source),)
     recompute = tuple(
-        Term(term.label, s.full * term.value, f"{term.detail} if remat=full", source)
+        Term(term.label, s.full * term.value, f"{term.detail}, as remat=full", source)
         for term in forward
         if term.label not in ("down", "head")
     )
-    backward = tuple(Term(term.label, 2 * term.value, f"2 * {term.detail}", source) for term in forward)
+    backward = tuple(Term(term.label, 2 * term.value, f"2 {term.detail}", source) for term in forward)
     return tuple(
         Line("flops", "matmul", add(term.value for term in terms), phase=phase, terms=terms)
         for phase, terms in (("forward", forward), ("recompute", recompute), ("backward", backward))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.theory.symbols import Symbols
+from jaxllm.theory.symbols import Symbols, pick
 
 
 # The weights outside the stack of layers.
@@ -30,7 +30,7 @@ class Weight:
     """
 
     name: str
-    formula: str  # of `whole`, in symbols
+    formula: str  # of `whole`, in symbols; V' is the padded vocabulary
     layers: int
     whole: Any
     logical: Any
@@ -48,13 +48,14 @@ def weights(s: Symbols) -> tuple[Weight, ...]:
     """All weights of the model, in the order in which a token meets them."""
     shared = s.K % s.t != 0
     kv = np.where(shared, 1, s.t)
+    kv_formula = pick(shared, "D K H", "D K H/t")
     padded = -(-s.V // s.t) * s.t
     table = [
-        _weight(s, "embed", "D V/t", 1, padded, s.t, s.V, sliced=True),
+        _weight(s, "embed", "D V'/t", 1, padded, s.t, s.V, sliced=True),
         _weight(s, "attention_norm", "D", s.L, 1, 1),
         _weight(s, "q", "D N H/t", s.L, s.N * s.H, s.t, sliced=True),
-        _weight(s, "k", "D K H/t", s.L, s.K * s.H, kv, sliced=True, shared=shared),
-        _weight(s, "v", "D K H/t", s.L, s.K * s.H, kv, sliced=True, shared=shared),
+        _weight(s, "k", kv_formula, s.L, s.K * s.H, kv, sliced=True, shared=shared),
+        _weight(s, "v", kv_formula, s.L, s.K * s.H, kv, sliced=True, shared=shared),
         _weight(s, "o", "D N H/t", s.L, s.N * s.H, s.t, sliced=True),
         _weight(s, "mlp_norm", "D", s.L, 1, 1),
         _weight(s, "gate", "D F/t", s.L, s.F, s.t, sliced=True),
@@ -63,7 +64,7 @@ def weights(s: Symbols) -> tuple[Weight, ...]:
         _weight(s, "final_norm", "D", 1, 1, 1),
     ]
     if not s.tied:
-        table.append(_weight(s, "head", "D V/t", 1, padded, s.t, s.V, sliced=True))
+        table.append(_weight(s, "head", "D V'/t", 1, padded, s.t, s.V, sliced=True))
     return tuple(table)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxllm.spec.ledger import Line, Term
 from jaxllm.theory.parameters import Weight, weights
-from jaxllm.theory.symbols import ZERO, Symbols, reference
+from jaxllm.theory.symbols import ZERO, Symbols, pick, reference
 
 TOKEN = 4  # bytes of an int32
 
@@ -26,7 +26,7 @@ def lines(s: Symbols) -> tuple[Line, ...]:
         _line("parameters", parameters),
         _line("optimizer", (*state, count)),
         _line("batch", (Term("tokens and targets", tokens, "2 * 4 m b T"),)),
-        # XLA sees one accumulator, padding and all: it is no argument, so nothing tells the rows apart.
+        # The accumulator as it is laid out: no row of it is told apart, so the padding counts here.
         _line("gradients", (*gradients, *gradient_padding)),
         _line("padding", (*parameter_padding, *state_padding)),
         _line("host", ()),
@@ -43,12 +43,20 @@ def _held(
         everything = weight.elements * size // parts
         elements, ways = weight.logical
         logical = elements * size // (ways * parts)
-        formula = f"{weight.formula} {'L ' if weight.layers > 1 else ''}{symbol}"
-        held.append(Term(weight.name, logical, f"{formula}/n if z >= {stage}", reference(ZERO, where)))
+        layers = "L " if weight.layers > 1 else ""
+        sliced = _sliced(s, weight, stage, symbol)
+        real = weight.formula.replace("V'", "V")
+        held.append(Term(weight.name, logical, f"{real} {layers}{sliced}", reference(ZERO, where)))
         if weight.name in ("embed", "head"):
             label = f"rows that pad the vocabulary, {weight.name} in {owner}"
-            padding.append(Term(label, everything - logical, f"(V' - V) D/t {symbol}/n if z >= {stage}"))
+            padding.append(Term(label, everything - logical, f"(V' - V) D/t {sliced}"))
     return tuple(held), tuple(padding)
+
+
+def _sliced(s: Symbols, weight: Weight, stage: int, symbol: str) -> str:
+    """The end of a formula: `p/n` from a ZeRO stage on, where n divides the weight."""
+    whole = pick(s.z >= stage, f"{symbol}, as n divides none of its dims", f"{symbol}, as z < {stage}")
+    return pick((s.z >= stage) & ((weight.parts > 1) | (s.n == 1)), f"{symbol}/n, as z >= {stage}", whole)
 
 
 def _line(name: str, terms: tuple[Term, ...]) -> Line:

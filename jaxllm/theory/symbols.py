@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from jaxllm.spec.layout import AXES, Layout
 from jaxllm.spec.ledger import DTYPE_BYTES
 from jaxllm.spec.model import ModelConfig
@@ -84,6 +86,11 @@ class Symbols:
         """The axes a collective is named by: those of a degree above 1, for a single layout; for arrays, all."""
         single = isinstance(self.n, int)
         return tuple(axis for axis in AXES if axis in axes and (not single or self.degree((axis,)) > 1))
+
+
+def pick(flag: Any, yes: str, no: str) -> str:
+    """The formula that applies: `yes` where the flag holds. For arrays of layouts, both."""
+    return f"{yes} or {no}" if np.ndim(flag) else yes if flag else no
 
 
 def reference(paper: str, where: str) -> str:

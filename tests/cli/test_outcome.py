@@ -27,7 +27,7 @@ def pipeline(monkeypatch):
     module = ModuleType("jaxllm.check")
     module.answer, module.asked = AGREES, {}
 
-    def resolve(model, layout, mesh, batch, sequence, precision, optimizer, gradient_dtype, *, share):
+    def resolve(model, layout, mesh, batch, sequence, precision, optimizer, gradient_dtype, *, factor):
         module.asked.update(batch=batch, sequence=sequence, precision=precision, optimizer=optimizer)
         sizes = [64 if size == "max" else size or 8 for size in (batch, sequence)]
         return Workload(*sizes, precision, optimizer, gradient_dtype)

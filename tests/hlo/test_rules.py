@@ -90,7 +90,7 @@ def test_gpu_and_tpu_emit_a_reduce_scatter(target):
     compiled = contraction(target)
     emitted = {line.name: line.emitted for line in compiled.ledger.section("collectives")}
     notes = " ".join(compiled.ledger.notes)
-    assert emitted.get("reduce-scatter") == 1024 * 256 * 4 or f"reduce-scatter of {1024 * 256 * 4} bytes" in notes
+    assert emitted.get("reduce-scatter") == 1024 * 256 * 4 or f"reduce-scatter of {1024 * 256 * 4:,} bytes" in notes
 
 
 def test_cpu_runs_bf16_collectives_in_f32():

@@ -16,7 +16,7 @@ def test_the_keys_are_those_of_the_schema():
     data = document(FULL, SETUP)
     assert list(data) == [
         "schema", "versions", "model", "mesh", "layout", "workload", "target", "memory", "flops", "collectives",
-        "unexplained", "peak", "run", "seconds", "agrees",
+        "unexplained", "notes", "peak", "run", "seconds", "cached", "agrees",
     ]  # fmt: skip
     assert data["schema"] == 1 and data["target"] == "gpu" and data["agrees"] is True
     assert data["model"]["name"] == "llama-2-7b" and data["model"]["parameters"] == 6_738_415_616
@@ -38,15 +38,19 @@ def test_the_keys_are_those_of_the_schema():
     }  # fmt: skip
     assert data["peak"] == {
         "predicted": 20_100_000_000, "compiled": 20_900_000_000, "capacity": 76_700_000_000, "fits": True,
+        "tolerance": 0.1, "within_tolerance": True, "refused": "",
     }  # fmt: skip
-    assert data["run"] == {"steps": 3, "max_relative_error": 1.25e-7, "losses": [6.25, 6.0, 5.75]}
+    run = data["run"]
+    assert (run["steps"], run["max_relative_error"], run["losses"]) == (3, 1.25e-7, [6.25, 6.0, 5.75])
+    assert (run["tolerance"], run["agrees"]) == (1e-5, True) and run["worst"]
+    assert data["notes"] == [] and data["cached"] is False
     assert data["seconds"] == {"lower": 0.5, "compile": 6.9, "measure": 0.25}
 
 
 def test_it_is_strict_json():
     broken = replace(FULL, run=ran(float("nan"), (6.0, float("inf"), float("nan"))))
     data = json.loads(json.dumps(document(broken, SETUP), allow_nan=False))
-    assert data["run"] == {"steps": 3, "max_relative_error": None, "losses": [6.0, None, None]}
+    assert (data["run"]["max_relative_error"], data["run"]["losses"]) == (None, [6.0, None, None])
     assert data["agrees"] is False
 
 

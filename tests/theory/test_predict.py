@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -237,3 +239,37 @@ def test_arrays_of_layouts_give_what_each_layout_gives_alone(data: st.DataObject
         assert sum(np.broadcast_to(line.wire, len(layouts))[index] for line in together.section("collectives")) == sum(
             line.wire for line in one.section("collectives")
         )
+
+
+# ---------------------------------------------------------------- formulas as they are printed
+
+
+def evaluated(formula: str, letters: dict[str, int]) -> Fraction:
+    """The value of a formula such as `2 L m b T max(K/t, 1) H, as z = 3`: factors side by side, `/` binds to the left."""
+    text = formula.split(", as ")[0].replace("V'", "W")
+    text = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", text)
+    text = re.sub(r"\d+", lambda match: f"Fraction({match[0]})", text)
+    names = {name.replace("V'", "W"): Fraction(value) for name, value in letters.items()}
+    return eval(text, {"Fraction": Fraction, "max": max, **names})
+
+
+@pytest.mark.parametrize("layout", [
+    "data=4,tensor=2,zero=3", "data=4,tensor=2,zero=2,remat=full,microbatches=3", "replica=2,data=2,tensor=16,zero=1",
+    "replica=3,tensor=16,zero=3", "data=3,zero=3", "data=8", "data=5,tensor=2,zero=1,remat=full",
+])  # fmt: skip
+@pytest.mark.parametrize("precision", ["f32", "bf16-f32", "bf16-master"])
+def test_every_formula_gives_the_value_beside_it(layout, precision):
+    parsed = Layout.parse(layout)
+    model = dataclasses.replace(ModelConfig.load("llama-tiny"), vocab=509, kv_heads=4)
+    workload = Workload(parsed.replica * parsed.data * parsed.microbatches, 64, precision)
+    s = Symbols.of(model, parsed, workload)
+    letters = {name: getattr(s, name) for name in "L D F N K H V r n t z m b T p c g o".split()}
+    letters["V'"] = -(-s.V // s.t) * s.t
+    checked = 0
+    for line in predict(model, parsed, workload).lines:
+        for term in line.terms:
+            value = evaluated(term.detail, letters)
+            # Bytes are whole: a slice of a padded vocabulary has a fractional share of real rows.
+            assert abs(value - term.value) < 1, (line.label, term.label, term.detail)
+            checked += 1
+    assert checked > 40
