@@ -90,3 +90,13 @@ def test_a_full_disk_is_one_sentence():
     done = shell(f"{sys.executable} -m jaxllm models > /dev/full")
     assert done.returncode == 2
     assert done.stderr == "jaxllm: the result cannot be written: the disk is full; make room or write elsewhere.\n"
+
+
+def test_an_option_given_twice_is_refused(capsys):
+    assert main("check llama-tiny --mesh cpu:8 --layout data=8 --batch=8 --batch 16".split()) == 2
+    assert capsys.readouterr().err == "jaxllm: --batch is given twice; keep one of them.\n"
+
+
+def test_what_a_terminal_would_obey_is_written_out(capsys):
+    assert main(["check", "llama-tiny", "--mesh", "cpu:8", "--layout", "data=8,\u202etensor=1"]) == 2
+    assert "\\u202etensor" in capsys.readouterr().err

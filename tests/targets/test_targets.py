@@ -243,3 +243,13 @@ def test_several_checks_at_once_do_not_trip_over_each_other(tmp_path) -> None:
         for done in pool.map(one, ["v5e:2x4", "v5e:2x4", "h100:8"]):
             assert done.returncode == 0, done.stderr
             assert all(line.startswith("jaxllm: ") for line in done.stderr.splitlines()), done.stderr
+
+
+@pytest.mark.parametrize(("text", "memory"), [
+    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required (33.09G) exceeds (15.75G).", True),
+    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm.", True),
+    ("RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 512, available: 1", False),
+    ("INTERNAL: ptxas failed", False),
+])  # fmt: skip
+def test_a_program_is_too_large_when_the_device_is_too_small(text: str, memory: bool) -> None:
+    assert compiler._is_memory(text) is memory
