@@ -41,3 +41,15 @@ def test_the_cover_meets_every_pair_of_values() -> None:
 def test_the_grid_is_the_whole_product() -> None:
     assert len(grid.cells()) == len(set(grid.cells())) == 4 * 5 * 4 * 2 * 2
     assert len(set(grid.everything())) == len(grid.cells()) + len(grid.real())
+
+
+def test_the_committed_table_has_all_of_it_and_every_line_equal() -> None:
+    lines = grid.TABLE.read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    small = {tuple(row[:3]): row for row in rows if row[0] in grid.MESHES}
+    large = {tuple(row[:3]): row for row in rows if row[0] in {cell.model for cell in grid.real()}}
+    assert set(small) == {(cell.mesh, cell.precision, cell.degrees) for cell in grid.cells()}
+    assert set(large) == {(cell.model, cell.mesh, f"{cell.degrees},zero={cell.zero}") for cell in grid.real()}
+    for row in (*small.values(), *large.values()):
+        equal, of, total = row[4].split()
+        assert (equal, of, row[5]) == (total, "of", "0"), row
