@@ -108,7 +108,7 @@ def fallbacks(s: Symbols) -> tuple[str, ...]:
     notes = [f"{text}: {sum(int(w.elements) for w in found) * s.p:,} bytes a device" for found, text in sentences if found]
     if padded:
         ends = "embed" if s.tied else "embed and head"
-        notes.append(f"the vocabulary of {s.V:,} is padded by {padded} rows for tensor={s.t}, in {ends}")
+        notes.append(f"the vocabulary of {s.V:,} is padded by {padded} row{'s' if padded > 1 else ''} for tensor={s.t}, in {ends}")
     return tuple(notes)
 
 
