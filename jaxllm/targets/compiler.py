@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ def compile(program: Any, progress: Callable[[str], None] = lambda message: None
         "xla_dump_hlo_pass_re": f".*{PARTITIONED[lowered.compiler]}.*",
     }
     executable, refused, start = None, "", time.perf_counter()
-    with quiet():
+    with quiet(), _afresh():
         try:
             executable = _interruptible(lambda: lowered.stages.compile(compiler_options=options), progress)
         except Exception as error:
@@ -87,6 +88,22 @@ def compile(program: Any, progress: Callable[[str], None] = lambda message: None
                 raise TargetError(f"XLA:{lowered.compiler.upper()} refused the step: {first_line(error)}") from error
             refused = memory_message(str(error))
     return Compiled(lowered, folder, executable, refused, time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def _afresh() -> Iterator[None]:
+    """Without JAX's own cache on disk, if the user has one: a program that comes from there leaves no dump."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # whether it is used is asked once in a process
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _is_memory(text: str) -> bool:

@@ -149,6 +149,22 @@ LEDGER = Ledger(
 )  # fmt: skip
 
 
+def test_a_cache_of_jaxs_own_does_not_swallow_the_dump(tmp_path) -> None:
+    code = """
+import jaxllm
+from jaxllm import Layout, Machine, ModelConfig, Workload
+built = jaxllm.build(ModelConfig.load("llama-tiny"), Layout(), Machine.load("cpu:1"), Workload(1, 8))
+import jax
+jax.jit(lambda x: x + 1)(1.0)  # jax asks once in a process whether it has a cache
+for _ in range(2):
+    print(jaxllm.measure(jaxllm.compile(built)).line("parameters").value)
+assert jax.config.jax_enable_compilation_cache
+"""
+    own = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | own)
+    assert done.stdout.split() == [str(TINY.parameters * 4)] * 2, done.stderr[-500:]
+
+
 def test_a_ledger_is_recalled_by_program(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
     calls = []
