@@ -1,7 +1,7 @@
 """The figures of a machine: which there are, in which units, and how a TOML file states them.
 
 A figure is `name = { value = ..., unit = "...", source = "..." }`, per JAX device. A figure without a checked source
-is not written down but listed under [absent] with the reason.
+is not written down but listed under [absent] with the reason. So is `compiler`, for a card that is only predicted.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ FIGURES = {
     "memory.reserve": _Kind("bytes", TARGETS, may_be_absent=("cpu",)),
     "memory.bandwidth": _Kind("bytes/s", TARGETS),
     "peak.bf16": _Kind("FLOP/s", TARGETS),
+    "peak.f16": _Kind("FLOP/s"),
     "peak.f32": _Kind("FLOP/s", TARGETS),
     "peak.tf32": _Kind("FLOP/s"),
     "peak.fp8": _Kind("FLOP/s"),
@@ -79,6 +80,9 @@ _COMPILER: dict[str, dict[str, type]] = {
     },
     "tpu": {"topology": str, "chips_per_host_bounds": list},
 }
+
+# Where [compiler] may be absent: a tpu mesh is named by it, and cpu needs none.
+_PREDICT_ONLY = ("gpu",)
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def read(path: Path) -> dict[str, Any]:
         raise SpecError(f"{where}: target={target!r} is unknown; choose cpu, gpu or tpu.")
 
     figures = dict(_read_figures(where, target, {group: data[group] for group in data if group in groups}))
-    absent = _read_absent(where, data.get("absent", {}), figures)
+    absent = _read_absent(where, target, data.get("absent", {}), figures.keys() | data.keys() & {"compiler"})
     for name, kind in FIGURES.items():
         if target not in kind.needed or name in figures:
             continue
@@ -131,7 +135,8 @@ def read(path: Path) -> dict[str, Any]:
     _check_memory(where, figures)
     if target == "tpu":
         _check_torus(where, figures)
-    compiler, compiler_source = _read_compiler(where, target, data.get("compiler", {}))
+    predicted = "compiler" in absent
+    compiler, compiler_source = ({}, "") if predicted else _read_compiler(where, target, data.get("compiler"))
     return {
         "name": path.stem,
         "description": description.strip(),
@@ -211,20 +216,25 @@ def _read_shapes(where: str, value: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(shapes)
 
 
-def _read_absent(where: str, absent: Any, figures: dict[str, Figure]) -> dict[str, str]:
+def _read_absent(where: str, target: str, absent: Any, given: set[str]) -> dict[str, str]:
     if not isinstance(absent, dict):
         raise SpecError(f'{where}: absent is not a table; write [absent] and memory.bandwidth = "why" below.')
     reasons = {}
     for group, entry in absent.items():  # TOML reads memory.bandwidth as a table, and "memory.bandwidth" as one key
         nested = entry if isinstance(entry, dict) else {"": entry}
         reasons |= {f"{group}.{key}".rstrip("."): reason for key, reason in nested.items()}
+    known = {*FIGURES, "compiler"}
     for name, reason in reasons.items():
-        if name not in FIGURES:
-            raise SpecError(f"{where}: unknown figure {name!r} under [absent]; {nearest(name, FIGURES)}")
+        if name not in known:
+            raise SpecError(f"{where}: unknown figure {name!r} under [absent]; {nearest(name, known)}")
         if not isinstance(reason, str) or not reason.strip():
             raise SpecError(f"{where}: {name} is absent without a reason; say why no figure is given.")
-        if name in figures:
+        if name in given:
             raise SpecError(f"{where}: {name} is given and listed under [absent]; keep one of them.")
+        if name == "compiler" and target not in _PREDICT_ONLY:
+            raise SpecError(f"{where}: compiler cannot be absent for target {target!r}; remove it from [absent].")
+        if name == "compiler" and not reason.isprintable():  # it becomes part of a sentence
+            raise SpecError(f"{where}: compiler is absent for a reason of several lines; say it in one.")
     return reasons
 
 
@@ -250,6 +260,11 @@ def _check_torus(where: str, figures: dict[str, Figure]) -> None:
 
 def _read_compiler(where: str, target: str, compiler: Any) -> tuple[dict[str, Any], str]:
     needed = _COMPILER[target]
+    if compiler is None:
+        if needed:
+            why = ", or say why not under [absent]" if target in _PREDICT_ONLY else ""
+            raise SpecError(f"{where}: [compiler] is missing; write it with {', '.join(needed)}{why}.")
+        return {}, ""
     if not isinstance(compiler, dict):
         raise SpecError(f"{where}: compiler is not a table; write [compiler] and its figures below.")
     for key in compiler:

@@ -25,7 +25,7 @@ class Machine:
     target: str  # which compiler: cpu, gpu or tpu
     figures: Mapping[str, Figure] = field(hash=False)
     absent: Mapping[str, str] = field(hash=False)  # figure -> why it is not stated
-    compiler: Mapping[str, Any] = field(hash=False)  # what the compiler needs to know of a card that is not there
+    compiler: Mapping[str, Any] = field(hash=False)  # what the compiler needs to know of a device that is not there
     compiler_source: str = ""
 
     @staticmethod
@@ -107,6 +107,11 @@ class Machine:
         return {
             name.removeprefix("links."): figure for name, figure in self.figures.items() if name.startswith("links.")
         }
+
+    @property
+    def predict_only(self) -> str:
+        """Why no compiler is asked about this machine, so that it is only predicted or emulated; "" where one is."""
+        return self.absent.get("compiler", "")
 
     @property
     def node_size(self) -> int:

@@ -12,7 +12,7 @@ import pkgutil
 from types import ModuleType
 from typing import Any
 
-from jaxllm.spec.errors import SpecError
+from jaxllm.spec.errors import SpecError, TargetError
 from jaxllm.targets.cpu import MOST_DEVICES
 
 
@@ -29,13 +29,22 @@ def module(target: str) -> ModuleType:
 
 
 def validate(target: str, mesh: Any) -> None:
-    """Raises SpecError where the target cannot be that mesh's: another kind of machine, or more than can be emulated."""
+    """Checks that the target can be that mesh's, before jax starts.
+
+    Raises SpecError for another kind of machine, or more than can be emulated; TargetError with the reason for a
+    machine that is only predicted.
+    """
     module(target)
     own = mesh.machine.target
     if target in ("gpu", "tpu") and target != own:
         raise SpecError(
             f"--target {target} cannot compile for {mesh}, whose compiler is {own}; "
             f"leave --target out, or emulate it with --target cpu."
+        )
+    if target == own and (reason := mesh.machine.predict_only):
+        raise TargetError(
+            f"{mesh} can only be predicted: {reason.strip('. ')}; emulate it with --target cpu, or ask jaxllm.predict, "
+            "which needs no compiler."
         )
     if target == "cpu" and mesh.devices > MOST_DEVICES:
         raise SpecError(

@@ -11,9 +11,10 @@ from jaxllm.spec import machine as machine_module
 from jaxllm.spec.errors import SpecError
 from jaxllm.spec.machine import Machine, Mesh
 
-NAMES = ["a100-40", "a100-80", "b200", "cpu", "h100", "h200", "rtx4090", "tpu7x", "v5e", "v5p", "v6e"]
-GPUS = ["a100-40", "a100-80", "b200", "h100", "h200", "rtx4090"]
-TPUS = ["tpu7x", "v5e", "v5p", "v6e"]
+PREDICT_ONLY = ["v100"]
+GPUS = ["a100-40", "a100-80", "a6000", "b200", "b300", "gb200", "h100", "h100-pcie", "h200", "rtx4090", *PREDICT_ONLY]
+TPUS = ["tpu7x", "v4", "v5e", "v5p", "v6e"]
+NAMES = sorted(["cpu", *GPUS, *TPUS])
 
 MINE = """
 description = "a card of mine"
@@ -93,8 +94,8 @@ def test_every_figure_has_a_value_and_a_public_source(name):
         assert not figure.source.startswith("/") and "shared/" not in figure.source
     assert all(machine.absent.values())
     assert not machine.figures.keys() & machine.absent.keys()
-    if name != "cpu":
-        assert machine.compiler_source
+    assert bool(machine.compiler_source) == (name not in ("cpu", *PREDICT_ONLY))
+    assert bool(machine.predict_only) == (name in PREDICT_ONLY)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,12 @@ def test_every_figure_has_a_value_and_a_public_source(name):
         ("h100", 989e12, 3352.32e9, 84942979072),
         ("h200", 989e12, 4800e9, 143771 * 2**20),
         ("b200", 2250e12, 7672.32e9, 191514411008),
+        ("b300", 2250e12, 7936e9, 297021865984),
+        ("gb200", 2500e12, 7928.064e9, 197897748480),
+        ("h100-pcie", 756e12, 2039.04e9, 84942979072),
+        ("a6000", 154.8e12, 768.096e9, 51041271808),
         ("rtx4090", 165.2e12, 1008e9, 24564 * 2**20),
+        ("v4", 275e12 / 2, 1200e9 / 2, 32 * 2**30 // 2),
         ("v5e", 197e12, 819e9, 16 * 2**30),
         ("v6e", 918e12, 1600e9, 32 * 2**30),
         ("v5p", 459e12, 2765e9, 96 * 2**30),
@@ -118,7 +124,9 @@ def test_figures_are_per_device_in_base_units(name, bf16, bandwidth, total):
     assert (machine.bandwidth, machine.memory_bytes) == (bandwidth, total)
 
 
-@pytest.mark.parametrize(("name", "gib"), [("v5e", 15.75), ("v6e", 31.25), ("v5p", 95.74), ("tpu7x", 94.75)])
+@pytest.mark.parametrize(
+    ("name", "gib"), [("v4", 15.25), ("v5e", 15.75), ("v6e", 31.25), ("v5p", 95.74), ("tpu7x", 94.75)]
+)
 def test_tpu_capacity_is_what_xla_reports(name, gib):
     assert Machine.read(name).capacity == pytest.approx(gib * 2**30, abs=1)
 
@@ -136,7 +144,12 @@ def test_links_are_one_direction_in_bytes_per_second():
     assert (h100["inside_node"].value, h100["between_nodes"].value) == (450e9, 50e9)
     assert h100["inside_node"].kind == "NVLink 4"
     assert Machine.read("v5e").links["torus"].value == 45e9
+    assert Machine.read("v4").links["torus"].value == 45e9
     assert Machine.read("rtx4090").links["inside_node"].value == 31e9
+    assert Machine.read("h100-pcie").links["inside_node"].value == 63e9
+    b300, v100 = Machine.read("b300").links, Machine.read("v100").links
+    assert (b300["inside_node"].value, b300["between_nodes"].value) == (900e9, 100e9)
+    assert (v100["inside_node"].value, v100["between_nodes"].value) == (150e9, 6.25e9)
 
 
 def test_a_figure_without_a_checked_source_is_absent_and_said_to_be():
@@ -147,7 +160,13 @@ def test_a_figure_without_a_checked_source_is_absent_and_said_to_be():
     assert "links.between_nodes" in Machine.read("rtx4090").absent
 
 
-@pytest.mark.parametrize("name", GPUS)
+def test_a_card_without_bf16_says_so_and_what_its_tensor_cores_take():
+    v100 = Machine.read("v100")
+    assert v100.peak_flops == {"f16": 125e12, "f32": 15.7e12}
+    assert "8.0" in v100.absent["peak.bf16"]
+
+
+@pytest.mark.parametrize("name", [name for name in GPUS if name not in PREDICT_ONLY])
 def test_the_gpu_compiler_is_told_of_a_card_with_at_least_the_memory(name):
     compiler = Machine.read(name).compiler
     assert compiler["device_memory_size"] >= Machine.read(name).memory_bytes
@@ -169,9 +188,16 @@ def test_the_gpu_compiler_is_told_of_a_card_with_at_least_the_memory(name):
         ("h100:16", 16, 2, (2, 8), "1x2x8"),
         ("a100-80:2x8", 16, 2, (2, 8), "1x2x8"),
         ("h100:2048x8", 16384, 2048, (2048, 8), "1x2048x8"),
+        ("gb200:8", 8, 1, (1, 8), "1x1x8"),
+        ("gb200:72", 72, 1, (1, 72), "1x1x72"),
+        ("gb200:144", 144, 2, (2, 72), "1x2x72"),
+        ("v100:16", 16, 2, (2, 8), "1x2x8"),
         ("v5e:1x1", 1, 1, (1, 1), "v5e:1x1"),
         ("v5e:2x4", 8, 1, (2, 4), "v5e:2x4"),
         ("v6e:16x16", 256, 32, (16, 16), "v6e:16x16"),
+        ("v4:2x2x1", 8, 1, (2, 2, 1), "v4:2x2x1"),
+        ("v4:2x2x2", 16, 2, (2, 2, 2), "v4:2x2x2"),
+        ("v4:16x16x16", 8192, 1024, (16, 16, 16), "v4:16x16x16"),
         ("v5p:2x2x1", 4, 1, (2, 2, 1), "v5p:2x2x1"),
         ("v5p:2x2x2", 8, 2, (2, 2, 2), "v5p:2x2x2"),
         ("v5p:2x2x4", 16, 4, (2, 2, 4), "v5p:2x2x4"),
@@ -204,6 +230,7 @@ def test_axes_close_into_rings_where_the_torus_says_so():
     assert Machine.load("v5e:8x8").wraparound == (False, False)
     assert Machine.load("v5p:4x4x8").wraparound == (True, True, True)
     assert Machine.load("v5p:2x4x4").wraparound == (False, False, False)
+    assert Machine.load("v4:4x4x12").wraparound == (True, True, True)
     assert Machine.load("cpu:8").wraparound == ()
 
 
@@ -235,6 +262,7 @@ def test_emulated_devices_have_no_limit_and_no_speed():
         ("h100:12", "write h100:8 or h100:16"),
         ("h100:2x9", "9 cards in a node, which holds 8"),
         ("h100:2x2x2", "3 axes"),
+        ("gb200:100", "write gb200:72 or gb200:144"),
         ("cpu:2x4", "only counted"),
         ("cpu:2049", "limit of one process is 2048"),
         ("v5e:8", "2 axes here; write 2x4"),
@@ -242,6 +270,8 @@ def test_emulated_devices_have_no_limit_and_no_speed():
         ("v5e:3x3", "no slice that exists"),
         ("v5e:4x2", "the nearest is 2x4"),
         ("v5e:32x32", "a pod has 256; the nearest is 16x16"),
+        ("v4:1x1x1", "the nearest is 2x2x1"),
+        ("v4:32x32x32", "a pod has 4096; the nearest is 4x32x32 or 8x16x32"),
         ("v5p:3x4x4", "the nearest is 4x4x4"),
         ("v5p:8x4x4", "the nearest is 4x4x8"),
         ("v5p:32x32x32", "a pod has 8960; the nearest is 16x20x28"),
@@ -291,7 +321,7 @@ def test_sizes_are_checked_where_a_mesh_is_made(shape):
         Mesh(Machine.read("h100"), shape, "h100:?")
 
 
-@pytest.mark.parametrize("text", ["cpu:8", "h100:16", "rtx4090:2", "v5e:2x4", "tpu7x:2x2x1"])
+@pytest.mark.parametrize("text", ["cpu:8", "h100:16", "rtx4090:2", "v100:8", "v5e:2x4", "tpu7x:2x2x1"])
 def test_meshes_describe_themselves_and_go_to_json(text):
     mesh = Machine.load(text)
     rows = mesh.describe()
@@ -376,6 +406,9 @@ TOTAL = 'total = { value = 40, unit = "GiB", source = "datasheet" }\n'
         ("core_count = 132", "core_cuont = 132", "did you mean 'core_count'?"),
         ("compute_capability = [9, 0]", "compute_capability = 9", "compute_capability=9 is not a list"),
         ('[compiler]\nsource = "datasheet"', "[compiler]", "[compiler] has no source"),
+        ("[absent]", '[absent]\ncompiler = "why"', "compiler is given and listed under [absent]"),
+        ("[absent]", '[absent]\ncompiler.core_count = "why"', "unknown figure 'compiler.core_count' under [absent]"),
+        ("[absent]", '[absent]\ncompilre = "why"', "did you mean 'compiler'?"),
         ("[memory]", "[memory", "not valid TOML"),
     ],
 )
@@ -388,6 +421,48 @@ def test_a_wrong_machine_file_is_refused_in_one_sentence(mine, old, new, says):
 def test_memory_cannot_be_absent_on_a_card(mine):
     path = mine((TOTAL, ""), ("[absent]", '[absent]\nmemory.total = "secret"'))
     assert "memory.total cannot be absent" in refusal(f"{path}:4")
+
+
+COMPILER = MINE[MINE.index("[compiler]") :]
+
+
+def test_a_card_may_say_why_no_compiler_is_asked(mine):
+    machine = Machine.read(mine((COMPILER, ""), ("[absent]", '[absent]\ncompiler = "a card of tomorrow"')))
+    assert machine.predict_only == "a card of tomorrow"
+    assert (machine.compiler, machine.compiler_source) == ({}, "")
+    assert machine.describe()[-3:][0] == ("compiler", "absent", "a card of tomorrow")
+    assert machine.to_json()["absent"]["compiler"] == "a card of tomorrow"
+    assert Machine.read(mine()).predict_only == ""
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("", "[compiler] is missing"),
+        ("", "or say why not under [absent]"),
+        ('compiler = ""', "compiler is absent without a reason"),
+        ("compiler = true", "compiler is absent without a reason"),
+        ('compiler = ["old"]', "compiler is absent without a reason"),
+        ('compiler = "old\\nand slow"', "several lines; say it in one"),
+        ('compiler.why = "old"', "unknown figure 'compiler.why' under [absent]"),
+    ],
+)
+def test_a_compiler_is_absent_for_a_reason_of_one_line(mine, entry, says):
+    message = refusal(f"{mine((COMPILER, ''), ('[absent]', f'[absent]{chr(10)}{entry}'))}:4")
+    assert message.startswith("machine file ")
+    assert says in message
+
+
+@pytest.mark.parametrize("name", ["cpu", "v5e"])
+def test_only_a_card_may_do_without_its_compiler(name, tmp_path):
+    path = tmp_path / "mine.toml"
+    text = (machine_module._folder() / f"{name}.toml").read_text().partition("# What XLA:TPU has to know")[0]
+    path.write_text(text.replace("[absent]", '[absent]\ncompiler = "why"'))
+    assert "compiler cannot be absent" in refusal(f"{path}:2x4")
+    if name == "v5e":
+        path.write_text(text)
+        message = refusal(f"{path}:2x4")
+        assert "[compiler] is missing" in message and "[absent]" not in message
 
 
 def test_a_torus_is_checked(tmp_path):
@@ -429,5 +504,6 @@ def test_leaving_out_any_figure_is_noticed(name, tmp_path):
         else:
             lost = full.figures.keys() - less.figures.keys()
             assert len(lost) == 1
-            assert lost <= {"chip.devices", "torus.cube", "peak.tf32", "peak.fp8", "peak.fp4", "peak.int8"}
+            peaks = {"peak.f16", "peak.tf32", "peak.fp8", "peak.fp4", "peak.int8"}
+            assert lost <= {"chip.devices", "torus.cube"} | peaks
         assert tomllib.loads("\n".join(lines))
