@@ -131,17 +131,19 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         D, F, H = config.d_model, config.d_ff, config.head_dim
         N, K = config.heads * H, config.kv_heads * H
-        # Output projections are scaled down with depth (GPT-2), so that deep residual streams start tame.
-        narrow, deep = 0.02, 0.02 * (2 * config.layers) ** -0.5
+        # Scaled by their inputs, so that scores and activations start at order 1 whatever the width; smaller ones would
+        # have to grow out of rounding errors first. Output projections are scaled down with depth too (GPT-2), so that
+        # deep residual streams start tame.
+        narrow, deep = D**-0.5, (2 * config.layers) ** -0.5
         self.attention_norm = nnx.Param(jnp.ones(D, dtype), dims=("model",))
         self.q = _normal(rngs, (D, N), narrow, dtype, ("model", "heads"))
         self.k = _normal(rngs, (D, K), narrow, dtype, ("model", "kv_heads"))
         self.v = _normal(rngs, (D, K), narrow, dtype, ("model", "kv_heads"))
-        self.o = _normal(rngs, (N, D), deep, dtype, ("heads", "model"))
+        self.o = _normal(rngs, (N, D), deep * N**-0.5, dtype, ("heads", "model"))
         self.mlp_norm = nnx.Param(jnp.ones(D, dtype), dims=("model",))
         self.gate = _normal(rngs, (D, F), narrow, dtype, ("model", "mlp"))
         self.up = _normal(rngs, (D, F), narrow, dtype, ("model", "mlp"))
-        self.down = _normal(rngs, (F, D), deep, dtype, ("mlp", "model"))
+        self.down = _normal(rngs, (F, D), deep * F**-0.5, dtype, ("mlp", "model"))
         self.head_dim, self.group, self.epsilon = H, config.heads // config.kv_heads, config.norm_epsilon
 
     def __call__(
@@ -189,7 +191,7 @@ class Llama(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, vocab: int | None = None, rngs: nnx.Rngs):
         V, D = vocab or config.vocab, config.d_model
         self.config = config
-        self.embed = _normal(rngs, (V, D), 0.02, dtype, ("vocab", "model"))
+        self.embed = _normal(rngs, (V, D), D**-0.5, dtype, ("vocab", "model"))
         block = lambda key: Block(config, dtype=dtype, rngs=nnx.Rngs(key))  # noqa: E731
         self.layers = jax.vmap(block)(jax.random.split(rngs.params(), config.layers))
         self.final_norm = nnx.Param(jnp.ones(D, dtype), dims=("model",))

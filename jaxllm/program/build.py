@@ -11,11 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.program import optimizer
-from jaxllm.program.gradient import BATCH, gradients
-from jaxllm.program.sharding import DTYPES, held_specs, is_placement, place, state_specs
+from jaxllm.model import Llama
+from jaxllm.program.gradient import BATCH, gradients, mean_loss
+from jaxllm.program.sharding import DTYPES, held_specs, is_placement, place, plain_tree, state_specs
 from jaxllm.spec.errors import SpecError
 from jaxllm.spec.layout import Layout
 from jaxllm.spec.model import ModelConfig
@@ -46,12 +48,19 @@ def on_mesh(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*(dim(entry) for entry in spec))
 
 
+def padded(value: jax.Array, like: Any) -> jax.Array:
+    """The value, filled up with zeros to the shape of `like`, in its dtype."""
+    rows = [(0, held - size) for held, size in zip(like.shape, value.shape, strict=True)]
+    return jnp.pad(value, rows).astype(like.dtype)
+
+
 @dataclass(frozen=True)
 class Built:
     """A training step over a mesh.
 
     step       jitted (parameters, optimizer, batch) -> (parameters, optimizer, metrics); state is donated
     gradients  jitted (parameters, batch) -> (loss, gradients as the optimizer receives them), not clipped
+    loss       jitted (parameters, batch) -> loss, by the forward pass alone
     arguments  abstract parameters, optimizer and batch, with their shardings
     places     how each parameter is sliced
     """
@@ -63,6 +72,7 @@ class Built:
     places: Tree
     arguments: tuple[Tree, Tree, Tree]
     learning_rate: float
+    warmup: int  # updates until the learning rate is reached, see optimizer.rate; 0: it is constant
     target: str  # which compiler it is for: cpu, gpu, tpu or local
     hardware: str  # all that the compiler is told of the devices
 
@@ -77,19 +87,21 @@ class Built:
         trim = partial(jax.tree.map, partial(on_mesh, mesh=self.mesh))
         return trim(held_specs(self.places, self.layout)), trim(state_specs(self.places, self.layout))
 
-    def _gradients(self, parameters: Tree, batch: Tree) -> tuple[jax.Array, Tree, jax.Array]:
-        held, sliced = self._specs
-        body = partial(
-            gradients, config=self.model, layout=self.layout, workload=self.workload, places=self.places
-        )
+    def _on_each_device(self, body: Any, out_specs: Any) -> Any:
+        """A function of local parameters and batch, as one of global arrays."""
+        body = partial(body, config=self.model, layout=self.layout, workload=self.workload, places=self.places)
         rows = on_mesh(PartitionSpec(None, BATCH, None), self.mesh)
         return jax.shard_map(
             body,
             mesh=self.mesh,
-            in_specs=(held, {"tokens": rows, "targets": rows}),
-            out_specs=(PartitionSpec(), sliced, PartitionSpec()),
+            in_specs=(self._specs[0], {"tokens": rows, "targets": rows}),
+            out_specs=out_specs,
             check_vma=True,
-        )(parameters, batch)
+        )
+
+    def _gradients(self, parameters: Tree, batch: Tree) -> tuple[jax.Array, Tree, jax.Array]:
+        out_specs = (PartitionSpec(), self._specs[1], PartitionSpec())
+        return self._on_each_device(gradients, out_specs)(parameters, batch)
 
     @cached_property
     def step(self) -> Any:
@@ -107,6 +119,7 @@ class Built:
                     held=held,
                     sliced=sliced,
                     learning_rate=self.learning_rate,
+                    warmup=self.warmup,
                 )
             return parameters, optimizer_state, {"loss": loss, "gradient_norm": norm}
 
@@ -120,6 +133,24 @@ class Built:
     @cached_property
     def gradients(self) -> Any:
         return jax.jit(lambda parameters, batch: self._gradients(parameters, batch)[:2])
+
+    @cached_property
+    def loss(self) -> Any:
+        return jax.jit(self._on_each_device(mean_loss, PartitionSpec()))
+
+    def init_parameters(self, seed: int) -> Tree:
+        """Parameters on the mesh, random by the seed: the same ones whatever the layout, padding zero."""
+        # On a mesh of automatic axes, so that each device draws its own slice and none of them all.
+        automatic = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=(AxisType.Auto,) * len(self.axes))
+        shardings = jax.tree.map(lambda leaf: NamedSharding(automatic, leaf.sharding.spec), self.arguments[0])
+
+        @partial(jax.jit, out_shardings=shardings)
+        def init() -> Tree:
+            drawn = plain_tree(nnx.state(Llama(self.model, rngs=nnx.Rngs(seed)), nnx.Param))
+            values = jax.tree.map(lambda leaf: leaf.get_value(), drawn, is_leaf=lambda node: isinstance(node, nnx.Variable))
+            return jax.tree.map(padded, values, self.arguments[0])
+
+        return jax.device_put(init(), self._shardings(self.arguments[0]))
 
     def init_optimizer(self, parameters: Tree) -> Tree:
         """The optimizer's state for real parameters on the mesh."""
@@ -138,19 +169,25 @@ class Built:
     def _shardings(tree: Tree) -> Tree:
         return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
+    def logical_shape(self, path: tuple[Any, ...], leaf: Any) -> tuple[int, ...]:
+        """The shape of a leaf of parameters, optimizer or batch without the padding of the vocabulary.
+
+        A leaf of the optimizer's state ends in the path of its parameter.
+        """
+        for tail, place in jax.tree_util.tree_leaves_with_path(self.places, is_leaf=is_placement):
+            if path[-len(tail) :] == tail:
+                return place.logical_shape
+        return tuple(leaf.shape)
+
     @property
     def logical_bytes(self) -> dict[str, int]:
         """Bytes per device of each argument, by XLA's name for it, without the padding of the vocabulary."""
-        places = jax.tree_util.tree_leaves_with_path(self.places, is_leaf=is_placement)
         sizes: dict[str, int] = {}
         for name, tree in zip(("parameters", "optimizer", "batch"), self.arguments, strict=True):
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-                # A leaf of the optimizer's state ends in the path of its parameter.
-                for tail, place in places:
-                    if path[-len(tail) :] == tail:
-                        size = size * math.prod(place.logical_shape) // math.prod(place.shape)
-                sizes[name + jax.tree_util.keystr(path)] = size
+                logical = math.prod(self.logical_shape(path, leaf))
+                sizes[name + jax.tree_util.keystr(path)] = size * logical // math.prod(leaf.shape)
         return sizes
 
 
@@ -161,6 +198,7 @@ def build(
     devices: Sequence[Any],
     *,
     learning_rate: float = optimizer.LEARNING_RATE,
+    warmup: int = 0,
     target: str = "local",
     hardware: str = "",
 ) -> Built:
@@ -198,6 +236,7 @@ def build(
         places=places,
         arguments=(parameters, state, {"tokens": tokens, "targets": tokens}),
         learning_rate=learning_rate,
+        warmup=warmup,
         target=target,
         hardware=hardware,
     )

@@ -101,6 +101,37 @@ def gradients(
     return loss, reduced, norm
 
 
+def mean_loss(
+    parameters: Tree,
+    batch: dict[str, jax.Array],
+    *,
+    config: ModelConfig,
+    layout: Layout,
+    workload: Workload,
+    places: Tree,
+) -> jax.Array:
+    """Local parameters and batch (microbatches, b, t) -> the step's loss, by its forward pass alone. Inside shard_map."""
+    gather = partial(_gather, layout=layout, compute=DTYPES[workload.dtypes.compute])
+    apply = _block(config)
+    rope = rotary(config, workload.sequence)
+
+    def microbatch(loss: jax.Array, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        tokens, targets = batch
+        outer = {key: gather(parameters[key], place) for key, place in places.items() if key != "layers"}
+
+        def layer(x: jax.Array, weights: Tree) -> tuple[jax.Array, None]:
+            return apply(jax.tree.map(partial(gather, layer=True), weights, places["layers"]), x, rope), None
+
+        y, _ = lax.scan(layer, lookup(outer["embed"], tokens, SHARDS), parameters["layers"])
+        head = outer["embed" if config.tied else "head"]
+        return loss + _loss(y, outer["final_norm"], head, targets, config), None
+
+    start = mesh.vary(jnp.float32(0.0), BATCH)
+    loss, _ = lax.scan(microbatch, start, (batch["tokens"], batch["targets"]))
+    tokens = jnp.sum(batch["targets"] >= 0).astype(jnp.float32)
+    return mesh.total(loss, BATCH) / jnp.maximum(mesh.total(tokens, BATCH), 1.0)
+
+
 # ---------------------------------------------------------------- one microbatch
 
 

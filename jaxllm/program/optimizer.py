@@ -21,9 +21,21 @@ CLIP_NORM = 1.0
 LEARNING_RATE = 3e-4
 
 
-def transformation(learning_rate: float) -> optax.GradientTransformation:
-    """AdamW with the betas and the decay of the Llama papers (Touvron et al. 2023, section 2.3)."""
-    return optax.adamw(learning_rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+def rate(peak: float, warmup: int, count: Any) -> Any:
+    """The learning rate of the update after `count` others; `peak` throughout when warmup is 0.
+
+    Else it rises over `warmup` updates to the peak, and falls with the inverse square root of their number (Vaswani et
+    al. 2017, section 5.3), so that no end has to be known.
+    """
+    if not warmup:
+        return peak
+    number = count + 1
+    return peak * jnp.minimum(number / warmup, jnp.sqrt(warmup / number))
+
+
+def transformation(learning_rate: Any) -> optax.GradientTransformation:
+    """AdamW with the betas, epsilon and decay of Llama 2 (Touvron et al. 2023b, section 2.2)."""
+    return optax.adamw(learning_rate, b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.1)
 
 
 def init(parameters: Tree, workload: Workload, learning_rate: float) -> Tree:
@@ -43,13 +55,16 @@ def update(
     held: Tree,
     sliced: Tree,
     learning_rate: float,
+    warmup: int,
 ) -> tuple[Tree, Tree]:
     """One clipped AdamW update. `held` and `sliced` are the specs of parameters between steps and of the state."""
     # optax.clip_by_global_norm, with the norm that the gradient's shard_map already summed over the mesh.
     clip = jnp.minimum(1.0, CLIP_NORM / jnp.maximum(norm, 1e-30))
     gradients = jax.tree.map(lambda gradient: gradient.astype(jnp.float32) * clip, gradients)
     current = state.get("master") or jax.tree.map(jax.reshard, parameters, sliced)
-    updates, adamw = transformation(learning_rate).update(gradients, state["adamw"], current)
+    # From Adam's own count: a schedule of optax's would keep a second one.
+    current_rate = rate(learning_rate, warmup, optax.tree.get(state["adamw"], "count"))
+    updates, adamw = transformation(current_rate).update(gradients, state["adamw"], current)
     current = optax.apply_updates(current, updates)
     # Cast before the gather, so that what is sent is what is held.
     new = jax.tree.map(lambda parameter, value: value.astype(parameter.dtype), parameters, current)

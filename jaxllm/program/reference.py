@@ -6,7 +6,7 @@ no remat, gradients by plain autodiff, the optimizer by optax.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -82,23 +82,21 @@ def reference_steps(
     config: ModelConfig,
     parameters: Tree,
     moments: tuple[Tree, Tree],
-    batches: Sequence[Mapping[str, np.ndarray]],
+    batches: Iterable[Mapping[str, np.ndarray]],
     *,
-    learning_rate: float,
-) -> list[tuple[float, Tree, Tree]]:
+    learning_rates: Iterable[float],
+) -> Iterator[tuple[float, Tree, Tree]]:
     """One train step a batch: (loss, gradients before clipping, parameters after the step), as NumPy f32.
 
     parameters, and AdamW's first and second moments to start from, are full and unpadded, in f32; a batch holds
-    `tokens` and `targets`, int32 (B, T).
+    `tokens` and `targets`, int32 (B, T). `learning_rates` gives one for each step.
     """
     parameters, m, v = jax.device_put((parameters, *moments), jax.local_devices()[0])
-    state = optax.tree.set(jax.jit(_optimizer(learning_rate).init)(parameters), mu=m, nu=v)
-    steps = []
-    for batch in batches:
+    state = optax.tree.set(jax.jit(_optimizer(0.0).init)(parameters), mu=m, nu=v)
+    for batch, learning_rate in zip(batches, learning_rates, strict=False):
         value, gradients = loss_and_gradients(config, parameters, batch)
         parameters, state = _update(learning_rate, parameters, state, gradients)
-        steps.append((float(value), jax.tree.map(np.asarray, gradients), jax.tree.map(np.asarray, parameters)))
-    return steps
+        yield float(value), jax.tree.map(np.asarray, gradients), jax.tree.map(np.asarray, parameters)
 
 
 # Both at the top level, so that runs of one model compile them once.
@@ -107,13 +105,13 @@ def _differentiate(config: ModelConfig, parameters: Tree, batch: Tree) -> tuple[
     return jax.value_and_grad(partial(loss, config))(parameters, batch)
 
 
-@partial(jax.jit, static_argnums=0)
-def _update(learning_rate: float, parameters: Tree, state: Any, gradients: Tree) -> tuple[Tree, Any]:
+@jax.jit
+def _update(learning_rate: Any, parameters: Tree, state: Any, gradients: Tree) -> tuple[Tree, Any]:
     updates, state = _optimizer(learning_rate).update(gradients, state, parameters)
     return optax.apply_updates(parameters, updates), state
 
 
-def _optimizer(learning_rate: float) -> optax.GradientTransformation:
+def _optimizer(learning_rate: Any) -> optax.GradientTransformation:
     return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.1)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ def run(built: Built, compiled: Callable[..., Any], *, steps: int = 3, seed: int
     )
     batches = [random_batch(built.model, built.workload.batch, built.workload.sequence, rng) for _ in range(steps)]
     moments = random_moments(loss_and_gradients(built.model, start, batches[0])[1], rng)
-    reference = reference_steps(built.model, start, moments, batches, learning_rate=built.learning_rate)
+    reference = list(reference_steps(built.model, start, moments, batches, learning_rates=repeat(built.learning_rate)))
 
     with jax.set_mesh(built.mesh):
         parameters = _to_mesh(start, abstract)

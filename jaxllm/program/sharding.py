@@ -62,12 +62,12 @@ def place(config: ModelConfig, layout: Layout) -> dict[str, Any]:
 
 def _abstract(config: ModelConfig, vocab: int) -> dict[str, Any]:
     model = nnx.eval_shape(lambda: Llama(config, vocab=vocab, rngs=nnx.Rngs(0)))
-    return _plain(nnx.state(model, nnx.Param))
+    return plain_tree(nnx.state(model, nnx.Param))
 
 
-def _plain(state: Any) -> Any:
+def plain_tree(state: Any) -> Any:
     """Nested plain dicts with the variables, and so the names of their dims, left in."""
-    return {key: value if isinstance(value, nnx.Variable) else _plain(value) for key, value in state.items()}
+    return {key: value if isinstance(value, nnx.Variable) else plain_tree(value) for key, value in state.items()}
 
 
 def _placement(param: nnx.Variable, shape: tuple[int, ...], config: ModelConfig, layout: Layout) -> Placement:

@@ -1,4 +1,4 @@
-"""The two ways in which a request can be wrong. The command line prints them as one sentence."""
+"""The ways in which a request can be wrong. The command line prints them as one sentence."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ class SpecError(ValueError):
 
 class TargetError(RuntimeError):
     """The target cannot be used here: the message says what installs it, or why nothing can. Exit code 3."""
+
+
+class DoesNotFit(RuntimeError):
+    """A device has less memory than the work takes: the message says what said so. Exit code 4."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

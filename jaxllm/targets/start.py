@@ -10,24 +10,38 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
 
 from jaxllm import targets
 from jaxllm.spec.errors import SpecError, TargetError
 
+MEET_WITHIN = 300  # seconds: machines of a cluster do not start at the same moment
+
 _FORCED = r"--xla_force_host_platform_device_count=(\d+)"
 
 
-def prepare(target: str, devices: int) -> None:
+@dataclass(frozen=True)
+class Group:
+    """Processes that share one mesh: how many, which of them this is, and where the first one listens, as host:port."""
+
+    processes: int
+    index: int
+    coordinator: str
+
+
+def prepare(target: str, devices: int, group: Group | None = None) -> None:
     """Sets the environment for a target and starts jax; what jax has already settled stays as it is.
 
-    Raises SpecError for an unknown target, more devices than it can emulate, or XLA_FLAGS that XLA refuses, TargetError
-    when jax does not start.
+    `devices` are those of the mesh; in a group each process brings its share of them. Raises SpecError for an unknown
+    target, more devices than it can emulate, or XLA_FLAGS that XLA refuses, TargetError when jax does not start or the
+    group does not meet.
     """
-    settings = targets.module(target).environment(devices)
+    settings = targets.module(target).environment(devices // group.processes if group else devices)
     if flags := settings.pop("XLA_FLAGS", ""):
         own = os.environ.get("XLA_FLAGS", "")
         given = re.search(_FORCED, own)
-        if given is None or int(given[1]) < devices:
+        if group is not None or given is None or int(given[1]) < devices:
             os.environ["XLA_FLAGS"] = f"{re.sub(_FORCED, '', own).strip()} {flags}".strip()
     os.environ |= settings
     if "jax" not in sys.modules:
@@ -40,11 +54,35 @@ def prepare(target: str, devices: int) -> None:
         with quiet():
             import jax
 
-            jax.devices()
+            if group is not None:
+                _join(group)
+            here = len(jax.devices())
+        if group is not None and here != devices:
+            raise TargetError(
+                f"{group.processes} processes bring {here} devices, and the mesh has {devices}: take a mesh of {here}, or "
+                "another number of processes."
+            )
+    except TargetError:
+        raise
     except RuntimeError as error:
         raise TargetError(f"jax cannot start for target {target}: {str(error).splitlines()[0]}") from error
     finally:
         plugins.setLevel(level)
+
+
+def _join(group: Group) -> None:
+    """Meets the other processes. Raises TargetError when they do not come."""
+    import jax
+
+    try:
+        jax.distributed.initialize(
+            group.coordinator, group.processes, group.index, initialization_timeout=MEET_WITHIN
+        )
+    except RuntimeError as error:
+        raise TargetError(
+            f"process {group.index} of {group.processes} does not meet the others at {group.coordinator} within "
+            f"{MEET_WITHIN} s: {str(error).splitlines()[0][:160]}; start all of them with the same --coordinator."
+        ) from error
 
 
 def _try_flags() -> None:
@@ -64,36 +102,48 @@ def _try_flags() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what native code writes to standard error out of sight: XLA logs there whatever it is told.
+    """Keeps what native code writes to standard output and error out of sight: XLA and gloo do whatever they are told.
 
-    Python's own sys.stderr goes on to the terminal. When the block raises, the last lines are attached as a note.
+    Python's own sys.stdout and sys.stderr go on to the terminal. When the block raises, the last lines are attached as
+    a note.
     """
-    try:
-        terminal = os.dup(2)
-    except OSError:  # standard error is closed: nothing to keep quiet
-        yield
-        return
-    python_stderr = sys.stderr
     with tempfile.TemporaryFile() as hidden:
         try:
-            python_stderr.flush()
-            os.dup2(hidden.fileno(), 2)
-            if getattr(python_stderr, "fileno", None) and _is_fd2(python_stderr):
-                sys.stderr = os.fdopen(os.dup(terminal), "w", buffering=1)
-            yield
+            with _diverted(1, "stdout", hidden), _diverted(2, "stderr", hidden):
+                yield
         except Exception as error:
             hidden.seek(0)
             lines = hidden.read().decode(errors="replace").splitlines()
             error.add_note("\n".join(lines[-20:]))
             raise
-        finally:
-            sys.stderr = python_stderr
-            os.dup2(terminal, 2)
-            os.close(terminal)
 
 
-def _is_fd2(stream: object) -> bool:
+@contextlib.contextmanager
+def _diverted(number: int, name: str, hidden: IO[bytes]) -> Iterator[None]:
+    """What goes to the descriptor goes to a file instead, but for what Python's stream of that name writes."""
     try:
-        return stream.fileno() == 2  # type: ignore[attr-defined]
-    except (OSError, ValueError):
+        original = os.dup(number)
+    except OSError:  # it is closed: nothing to keep quiet
+        yield
+        return
+    stream = getattr(sys, name)
+    try:
+        if stream is not None:
+            stream.flush()
+        os.dup2(hidden.fileno(), number)
+        if _writes_to(stream, number):
+            setattr(sys, name, os.fdopen(os.dup(original), "w", buffering=1, encoding=stream.encoding))
+        yield
+    finally:
+        if getattr(sys, name) is not stream:
+            getattr(sys, name).close()
+            setattr(sys, name, stream)
+        os.dup2(original, number)
+        os.close(original)
+
+
+def _writes_to(stream: object, number: int) -> bool:
+    try:
+        return stream.fileno() == number  # type: ignore[attr-defined]
+    except (AttributeError, OSError, ValueError):
         return False

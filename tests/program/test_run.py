@@ -272,3 +272,12 @@ def test_clipping_is_at_work():
     batch = random_batch(MODEL, 8, 8, rng)
     _, gradients = reference.loss_and_gradients(MODEL, parameters, batch)
     assert np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradients))) > 1.2
+
+
+def test_the_learning_rate_rises_and_falls_with_the_inverse_square_root():
+    from jaxllm.program.optimizer import rate
+
+    assert rate(0.5, 0, 7) == 0.5
+    rates = [float(rate(1.0, 4, count)) for count in range(16)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[15] == pytest.approx(0.5) and rates[8] == pytest.approx(2 / 3)
