@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxllm import targets
+from jaxllm.bundle import save_program
 from jaxllm.cache import recalled
 from jaxllm.report.compare import Comparison, compare
 from jaxllm.spec.errors import SpecError
@@ -21,6 +22,9 @@ from jaxllm.targets import start
 from jaxllm.theory import PLAIN_AUTODIFF, predict
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from jaxllm.hlo import Dump
     from jaxllm.program import Built
     from jaxllm.spec.machine import Mesh
     from jaxllm.targets.compiler import Compiled
@@ -58,11 +62,16 @@ def build(
 
 def measure(compiled: Compiled) -> Ledger:
     """The ledger of a compiled step, read from XLA's protos."""
-    from jaxllm.hlo import Dump, measure
+    from jaxllm.hlo import measure
 
     built = compiled.lowered.built
-    dump = Dump.find(compiled.dump.name, compiled.lowered.compiler, devices=built.mesh.size)
-    return measure(dump, built.axes, logical_bytes=built.logical_bytes)
+    return measure(_dump(compiled), built.axes, logical_bytes=built.logical_bytes)
+
+
+def _dump(compiled: Compiled) -> Dump:
+    from jaxllm.hlo import Dump
+
+    return Dump.find(compiled.dump.name, compiled.lowered.compiler, devices=compiled.lowered.built.mesh.size)
 
 
 def check(
@@ -74,10 +83,12 @@ def check(
     target: str = "",
     run: bool = False,
     progress: Say = silent,
+    bundle: Path | None = None,
 ) -> Comparison:
     """Lays the closed form of one training step beside what the compiler makes of it; with `run`, takes three steps.
 
-    Raises what `build` and `compile` raise.
+    The program, XLA's protos and both ledgers are written to the folder `bundle`. Raises what `build` and `compile`
+    raise.
     """
     predicted = predict(model, layout, workload)
     progress(f"building {model.name} for {layout} on {mesh}")
@@ -99,13 +110,15 @@ def check(
         compiled = compiler.compile(lowered, progress)
         begin = time.perf_counter()
         ledger = measure(compiled)
+        if bundle is not None:
+            save_program(bundle, lowered.stages.as_text(debug_info=True), _dump(compiled), predicted, ledger)
         spent = {"compile": round(compiled.seconds, 3), "measure": round(time.perf_counter() - begin, 3)}
         if run:
             progress("taking three steps, and the same three without any sharding")
             steps = runs.run(built, compiled.executable)
         return ledger, compiled.refused, spent
 
-    (ledger, refused, spent), cached = (measured(), False) if run else recalled(lowered, measured)
+    (ledger, refused, spent), cached = (measured(), False) if run or bundle else recalled(lowered, measured)
     unknown = dict.fromkeys(("matmul", *COLLECTIVES), PLAIN_AUTODIFF) if layout.remat == "jax" else {}
     comparison = compare(predicted, ledger, capacity=mesh.capacity, not_comparable=unknown, refused=refused)
     return dataclasses.replace(
@@ -122,6 +135,7 @@ def check_largest(
     target: str = "",
     run: bool = False,
     progress: Say = silent,
+    bundle: Path | None = None,
 ) -> tuple[Workload, Comparison]:
     """The largest workload that fits: searched for by closed form, confirmed by a compile.
 
@@ -131,7 +145,7 @@ def check_largest(
     factor, hopeful = 1.0, []
     while True:
         workload = resolved(factor)
-        comparison = check(model, layout, mesh, workload, target=target, run=run, progress=progress)
+        comparison = check(model, layout, mesh, workload, target=target, run=run, progress=progress, bundle=bundle)
         peak = comparison.peak
         if comparison.fits or len(hopeful) == 2 or resolved(math.inf) == workload:
             return workload, dataclasses.replace(comparison, notes=(*comparison.notes, *hopeful))

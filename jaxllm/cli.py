@@ -16,13 +16,14 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxllm.spec.errors import SpecError, TargetError
+from jaxllm.options import count, progress
+from jaxllm.spec.errors import DoesNotFit, SpecError, TargetError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +46,10 @@ app = typer.Typer(
 def run() -> None:
     """The `jaxllm` command: main, and what an interrupt does."""
     signal.signal(signal.SIGINT, _interrupt)
-    sys.exit(main())
+    code = main()
+    # All is said. What libraries complain of while they are taken down is nobody's business.
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    sys.exit(code)
 
 
 def _interrupt(*_: object) -> None:
@@ -61,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _check_once(arguments)
         if not arguments:
-            raise SpecError("name a command, which is check, models or meshes; jaxllm --help tells more.")
+            raise SpecError("name a command, which is check, train, models or meshes; jaxllm --help tells more.")
         # Commands only parse and return the work to do. It is done here, out of typer's reach, which has its own
         # ideas about interrupts, broken pipes and exit codes.
-        work = app(args=arguments, prog_name="jaxllm", standalone_mode=False)
+        work = app(args=arguments, prog_name="jaxllm", standalone_mode=False, obj=arguments)
         code = work() if callable(work) else int(work or 0)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -73,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), 2)
     except TargetError as error:
         return _fail(str(error), 3)
+    except DoesNotFit as error:
+        return _fail(str(error), 4)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
@@ -162,12 +168,69 @@ def check(
     strict: Annotated[bool, typer.Option("--strict", help="What is not comparable counts as a difference.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw it, as .png, .svg or .pdf.")] = None,
+    bundle: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Write all that a report of a disagreement needs into a new folder.")
+    ] = None,
 ) -> Work:
     """Compare the closed form of a training step with what the compiler makes of it."""
     return partial(
         _check, model, mesh, layout, batch=batch, seq=seq, precision=precision, optimizer=optimizer,
         gradient_dtype=gradient_dtype, target=target, run=run, explain=explain, strict=strict, as_json=as_json,
-        plot=plot,
+        plot=plot, bundle=bundle,
+    )  # fmt: skip
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, or the path of a config.json.")],
+    mesh: Annotated[str, typer.Option(metavar="MESH", help="machine:size, as cpu:8; of other machines the devices here.")],
+    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="Degrees and choices, as data=2,tensor=4,zero=3.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="A new folder for metrics.csv and checkpoints.")],
+    text: Annotated[str | None, typer.Option(metavar="FILE", help="What to train on. Its last tenth is held out.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FILE|bytes", help="A tokenizer.json. Default: bytes, for small vocabularies.")
+    ] = None,
+    steps: Annotated[str | None, typer.Option(metavar="N", help="Steps in all. Default: 200.")] = None,
+    batch: Annotated[
+        str | None, typer.Option(metavar="B", help="Sequences per step. Default: 8, or the next number that divides.")
+    ] = None,
+    seq: Annotated[
+        str | None, typer.Option(metavar="T", help="Tokens per sequence. Default: the model's, up to 4,096.")
+    ] = None,
+    lr: Annotated[str | None, typer.Option(metavar="X", help="The highest learning rate of AdamW. Default: 0.0003.")] = None,
+    warmup: Annotated[
+        str | None, typer.Option(metavar="N", help="Steps until it is reached; 0: it is constant. Default: 20.")
+    ] = None,
+    seed: Annotated[str | None, typer.Option(metavar="S", help="Of parameters and batches. Default: 0.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="P", help="f32, bf16-f32 or bf16-master. Default: f32 on cpu, else bf16-f32.")
+    ] = None,
+    gradient_dtype: Annotated[
+        str | None, typer.Option(metavar="f32|bf16", help="Gradients are reduced in it. Default: the precision's.")
+    ] = None,
+    eval_every: Annotated[
+        str | None, typer.Option(metavar="N", help="Steps between evaluations of the held-out text. Default: 50.")
+    ] = None,
+    save_every: Annotated[str | None, typer.Option(metavar="N", help="Steps between checkpoints. Default: 50.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, on any mesh and layout.")] = False,
+    target: Annotated[
+        str | None, typer.Option(metavar="cpu|local", help="Emulated devices or those here. Default: by the mesh.")
+    ] = None,
+    processes: Annotated[
+        str | None, typer.Option(metavar="N", help="Processes that share the mesh. Default: 1.")
+    ] = None,
+    process: Annotated[str | None, typer.Option(metavar="I", help="Which of them this is, from 0; on a cluster.")] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where process 0 listens; on a cluster.")
+    ] = None,
+) -> Work:
+    """Train on a text, on emulated devices or those that are here, with checkpoints that any layout takes up."""
+    return partial(
+        _train, context.obj, model, mesh, layout, out, text=text, tokenizer=tokenizer, steps=steps, batch=batch,
+        seq=seq, lr=lr, warmup=warmup, seed=seed, precision=precision, gradient_dtype=gradient_dtype, eval_every=eval_every,
+        save_every=save_every, resume=resume, target=target, processes=processes, process=process,
+        coordinator=coordinator,
     )  # fmt: skip
 
 
@@ -189,6 +252,12 @@ def meshes(
     return partial(_meshes, machine, as_json)
 
 
+def _train(*arguments: Any, **options: Any) -> int:
+    from jaxllm.train.command import run
+
+    return run(*arguments, **options)
+
+
 def _check(
     model_text: str,
     mesh_text: str,
@@ -205,6 +274,7 @@ def _check(
     strict: bool,
     as_json: bool,
     plot: str | None,
+    bundle: str | None,
 ) -> int:
     from jaxllm.spec.layout import Layout
     from jaxllm.spec.machine import Machine
@@ -216,7 +286,9 @@ def _check(
     mesh = Machine.load(mesh_text)
     layout = Layout.parse(layout_text)
     target = _target(target, mesh, run)
-    batch_size, sequence = _size("--batch", batch), _size("--seq", seq)
+    batch_size, sequence = (
+        count(option, value, None, word="max") for option, value in (("--batch", batch), ("--seq", seq))
+    )
     for option, value in (("--precision", precision), ("--gradient-dtype", gradient_dtype)):
         if value is not None and not value.strip():
             raise SpecError(f"{option} is blank; leave it out for the default, or name one as in jaxllm check --help.")
@@ -226,6 +298,7 @@ def _check(
 
         check_name(explain)
     path = _plot_path(plot)
+    parcel = _bundle_path(bundle)
 
     # All that can be wrong is found before the long work; `max` is at least the default.
     least = Workload(
@@ -244,13 +317,13 @@ def _check(
         )
 
     workload = resolved()
-    with _progress() as say:
+    with progress() as say:
         say("starting JAX")
         from jaxllm.targets import start
 
         start.prepare(target, mesh.devices)  # some of it is read when JAX is imported
         with start.quiet():
-            options: dict[str, Any] = {"target": target, "run": run, "progress": say}
+            options: dict[str, Any] = {"target": target, "run": run, "progress": say, "bundle": parcel}
             if "max" in (batch_size, sequence):
                 workload, comparison = pipeline.check_largest(model, layout, mesh, resolved, **options)
             else:
@@ -266,6 +339,11 @@ def _check(
 
         save_plot(comparison, setup, path)
         print(f"jaxllm: wrote {path}", file=sys.stderr)
+    if parcel is not None:
+        from jaxllm.bundle import save_comparison
+
+        save_comparison(parcel, comparison, setup)
+        print(f"jaxllm: wrote {parcel}", file=sys.stderr)
     return exit_code(comparison, strict=strict)
 
 
@@ -370,13 +448,12 @@ def _target(text: str | None, mesh: Any, run: bool) -> str:
     return target
 
 
-def _size(option: str, text: str | None) -> int | Literal["max"] | None:
-    """A whole number of 1 or more, `max`, or None when left out. Raises SpecError."""
-    if text is None or text == "max":
-        return text
-    if not (text.isascii() and text.isdecimal()) or len(text) > 9 or int(text) < 1:
-        raise SpecError(f"{option} {text!r} is neither a whole number from 1 to 10^9 nor max; write it like {option} 8.")
-    return int(text)
+def _bundle_path(text: str | None) -> Path | None:
+    if text is None:
+        return None
+    from jaxllm.bundle import check_folder
+
+    return check_folder(text)
 
 
 def _plot_path(text: str | None) -> Path | None:
@@ -385,18 +462,6 @@ def _plot_path(text: str | None) -> Path | None:
     from jaxllm.report.plot import check_path
 
     return check_path(text)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Yields a function that says what is being done: a spinner on a terminal, else a line each."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield lambda message: print(f"jaxllm: {message}", file=sys.stderr, flush=True)
-        return
-    from rich.console import Console
-
-    with Console(stderr=True, highlight=False, markup=False).status("starting") as status:
-        yield status.update
 
 
 if __name__ == "__main__":

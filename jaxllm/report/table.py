@@ -46,8 +46,7 @@ def console(file: TextIO | None = None) -> Console:
 
 def print_comparison(comparison: Comparison, setup: Setup, out: Console) -> None:
     """Header, one table with the three sections, notes, verdict."""
-    for name, value in header(comparison, setup):
-        _print_field(out, name, value)
+    print_fields(out, header(comparison, setup))
     _print_sections(comparison, out)
     _print_notes(comparison, out)
     out.print()
@@ -141,6 +140,12 @@ def _run_verdict(comparison: Comparison) -> tuple[str, str]:
         f"{run.max_relative_error:.1e} in {worst(run.errors)} {sign} {run.tolerance:.0e}; losses {losses}"
     )
     return text, "green" if run.agrees else "bold red"
+
+
+def print_fields(out: Console, fields: Iterable[tuple[str, str]]) -> None:
+    """Names to the left, values beside them, wrapped."""
+    for name, value in fields:
+        _print_field(out, name, value)
 
 
 def _print_field(out: Console, name: str, value: str, style: str = "") -> None:
@@ -247,7 +252,7 @@ def print_listing(out: Console, heads: Sequence[str], rows: Sequence[Sequence[An
     widths = [max(len(line[column]) for line in [list(heads), *shown]) for column in range(len(heads))]
     numbers = [all(isinstance(row[column], int) for row in rows) for column in range(len(heads))]
 
-    room = max(24, out.width - sum(widths[:-1]) - 2 * len(widths[:-1]))
+    room = max(20, out.width - sum(widths[:-1]) - 2 * len(widths[:-1]))
 
     def lines(cells: Sequence[str]) -> str:
         parts = [f"{c:>{w}}" if number else f"{c:<{w}}" for c, w, number in zip(cells, widths, numbers, strict=True)]

@@ -16,6 +16,10 @@ def check(model="llama-3-8b", **options):
     return ["check", model, *flat]
 
 
+def train(*more, layout="data=2,tensor=4", mesh="cpu:8", text="docs/examples/harbour.txt"):
+    return ["train", "llama-tiny", "--mesh", mesh, "--layout", layout, "--text", text, "--out", "runs/never", *more]
+
+
 BAD = {
     "no command": ([], "name a command"),
     "unknown command": (["chekc"], "chekc"),
@@ -49,14 +53,38 @@ BAD = {
     "unknown line": (check(explain="speed"), "no line has such a name"),
     "picture of an unknown kind": (check(plot="x.gif"), ".png, .svg or .pdf"),
     "picture in no folder": (check(plot="/no/such/folder/x.png"), "no folder"),
+    "bundle in a folder that is not empty": (check(bundle="docs"), "is not empty"),
     "unknown model to list": (["models", "llama"], "llama"),
     "unknown machine to list": (["meshes", "h10"], "did you mean 'h100'"),
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+TRAINING = {
+    "nowhere to write": (["train", "llama-tiny", "--mesh", "cpu:8", "--layout", "data=8"], "--out"),
+    "no text": (["train", "llama-tiny", "--mesh", "cpu:8", "--layout", "data=8", "--out", "runs/never"], "--text is missing"),
+    "no such text": (train(text="no/such/text"), "cannot be read"),
+    "a picture for a text": (train(text="docs/images/check.png"), "not a UTF-8 text"),
+    "no such tokenizer": (train("--tokenizer", "no/such.json"), "cannot be read"),
+    "blank tokenizer": (train("--tokenizer", " "), "leave it out"),
+    "no steps": (train("--steps", "0"), "--steps 8"),
+    "half a step": (train("--steps", "1.5"), "--steps 8"),
+    "negative rate": (train("--lr", "-1"), "--lr 0.001"),
+    "rate that is no number": (train("--lr", "nan"), "--lr 0.001"),
+    "negative seed": (train("--seed", "-1"), "--seed 8"),
+    "batch that does not divide": (train("--batch", "3"), "2 would do"),
+    "sequence that is too long": (train("--seq", "9000"), "or less"),
+    "layout of another size": (train(layout="data=2"), "data=8 would fill it"),
+    "three processes of eight devices": (train("--processes", "3"), "1, 2, 4, 8"),
+    "a process without a coordinator": (train("--processes", "2", "--process", "1"), "go together"),
+    "a compiler alone": (train("--target", "gpu", mesh="h100:8"), "cpu or local"),
+    "nothing to resume": (train("--resume"), "holds no run"),
+    "a folder in use": ([*train()[:-1], "docs"], "is not empty"),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD, *TRAINING])
 def test_one_sentence(name, capsys):
-    arguments, way_out = BAD[name]
+    arguments, way_out = (BAD | TRAINING)[name]
     assert main(arguments) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -71,6 +99,9 @@ from jaxllm.cli import main
 for arguments in {[arguments for arguments, _ in BAD.values()]!r}:
     assert main(arguments) == 2
 assert not {{"numpy", "jax"}} & set(sys.modules)
+for arguments in {[arguments for arguments, _ in TRAINING.values()]!r}:
+    assert main(arguments) == 2
+assert "jax" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-COMMANDS = [["--help"], ["check", "--help"], ["models", "--help"], ["meshes", "--help"], ["--version"]]
+COMMANDS = [["--help"], ["check", "--help"], ["models", "--help"], ["meshes", "--help"], ["train", "--help"], ["--version"]]
 PROBE = """
 import sys
 from jaxllm.cli import main
@@ -35,11 +35,11 @@ def test_importing_the_package_imports_neither_numpy_nor_jax():
 
 
 def test_help_lists_the_commands_and_options():
-    assert all(word in run("--help").stdout for word in ("check", "models", "meshes", "--version"))
+    assert all(word in run("--help").stdout for word in ("check", "train", "models", "meshes", "--version"))
     shown = run("check", "--help").stdout
     for option in (
         "--mesh", "--layout", "--batch", "--seq", "--precision", "--optimizer", "--target", "--run", "--explain",
-        "--strict", "--json", "--plot", "--gradient-dtype",
+        "--strict", "--json", "--plot", "--gradient-dtype", "--bundle",
     ):  # fmt: skip
         assert option in shown
 

@@ -32,7 +32,7 @@ def pipeline(monkeypatch):
         sizes = [64 if size == "max" else size or 8 for size in (batch, sequence)]
         return Workload(*sizes, precision, optimizer, gradient_dtype)
 
-    def check(model, layout, mesh, workload, *, target, run, progress):
+    def check(model, layout, mesh, workload, *, target, run, progress, bundle):
         module.asked.update(model=model.name, target=target, run=run, workload=workload)
         progress("compiling")
         if isinstance(module.answer, BaseException):
