@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 PIP := $(VENV)/bin/python -m pip --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test grid docs clean
+.PHONY: help setup demo test grid experiments docs clean
 
 help: ## What can be made
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -37,6 +37,11 @@ test: $(READY) ## The floors and all tests
 
 grid: $(READY) ## Every layout of a small model on every target, and real models; resumable; writes docs/grid.md
 	$(VENV)/bin/python -m tests.grid
+
+experiments: $(READY) ## Run every experiment that needs no device again, into docs/measurements; half an hour
+	@for name in zero_stages three_compilers llama_405b why_zero2 curves crashes bench_step; do \
+	  echo "== $$name" && $(VENV)/bin/python experiments/$$name.py --out docs/measurements || exit 1; done
+	$(VENV)/bin/python experiments/bench_check.py --csv docs/measurements/bench_check.csv
 
 docs: $(READY) ## Run every command in README.md and docs/ again, and write what it prints
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m tests.docs.execute --write

@@ -9,6 +9,7 @@ be those of a run that nobody killed, to the last bit.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -30,13 +31,13 @@ RUN = (
     "--save-every", "5", "--eval-every", "50",
 )  # fmt: skip
 EVERY = 5  # steps between two checkpoints
-KILLS, STEPS = 10, 600
-PROBED = 50  # steps that a first life takes, to see how long that is on this machine
+KILLS, STEPS = 10, 400
+REACH = 60  # a life is killed within so many steps, or while it starts
 SEED = 7  # of the moments
 
 
 def train(folder: Path, steps: int, *, resume: bool) -> subprocess.Popen[bytes]:
-    """Starts the run, quietly, in a group of processes of its own."""
+    """Starts the run, quietly, as the first of a group of processes."""
     command = [*RUN, "--steps", str(steps), "--out", str(folder), *(["--resume"] if resume else [])]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
@@ -54,40 +55,36 @@ def last_step(folder: Path) -> int:
     return rows[-1].step if rows else 0
 
 
-def killed(folder: Path, steps: int, after: float, *, resume: bool) -> dict[str, Any] | None:
-    """Starts or resumes the run and kills it after so many seconds; None when it had ended by itself."""
-    before = newest(folder)
+def killed(folder: Path, steps: int, draw: random.Random, *, resume: bool) -> dict[str, Any]:
+    """Starts or resumes the run and kills it at a random moment: while it starts, or after so many of its steps.
+
+    Raises RuntimeError when it ends by itself before.
+    """
+    before, target = newest(folder), draw.randint(-REACH // 6, REACH)
+    begin = time.monotonic()
     process = train(folder, steps, resume=resume)
-    try:
-        _, said = process.communicate(timeout=after)
-        if process.returncode:
-            raise RuntimeError(f"the run ended with {process.returncode}: {said.decode()[-300:]}")
-        return None
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    while target > 0 and last_step(folder) < before + target and process.poll() is None:
+        time.sleep(0.005)
+    # A moment of its own: a step, an evaluation or a save is under way.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        _, said = process.communicate(timeout=draw.uniform(0, 0.2 if target > 0 else 5))
+        raise RuntimeError(f"the run ended with {process.returncode}: {said.decode()[-300:]}; ask for more --steps.")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
     seen, kept = last_step(folder), newest(folder)
     return {
-        "seconds": round(after, 2), "began_after": before, "last_step": seen, "checkpoint": kept, "lost": max(0, seen - kept),
+        "seconds": round(time.monotonic() - begin, 2), "began_after": before, "last_step": seen, "checkpoint": kept,
+        "lost": max(0, seen - kept),
     }  # fmt: skip
 
 
 def rows(folder: Path, steps: int) -> list[dict[str, Any]]:
     """A row a kill."""
     draw, found = random.Random(SEED), []
-    begin = time.monotonic()
-    probe = train(folder.with_name("probe"), steps, resume=False)
-    while last_step(folder.with_name("probe")) < PROBED and probe.poll() is None:
-        time.sleep(0.1)
-    reached = time.monotonic() - begin
-    os.killpg(probe.pid, signal.SIGKILL)
-    probe.communicate()
-    while len(found) < KILLS:
-        row = killed(folder, steps, draw.uniform(0.5, 1.4) * reached, resume=(folder / "run.json").exists())
-        if row is None:
-            raise RuntimeError(f"{steps} steps are over after {len(found)} kills; ask for more with --steps.")
-        found.append({"kill": len(found) + 1} | row)
-        print(f"kill {len(found)} of {KILLS}: {row}", file=sys.stderr, flush=True)
+    for number in range(1, KILLS + 1):
+        row = killed(folder, steps, draw, resume=(folder / "run.json").exists())
+        found.append({"kill": number} | row)
+        print(f"kill {number} of {KILLS}: {row}", file=sys.stderr, flush=True)
     return found
 
 

@@ -296,10 +296,11 @@ def _reduce_each(gradient: jax.Array, place: Placement, dtype: Any, layout: Layo
 
 
 def _accumulate_layer(accumulated: jax.Array, gradient: jax.Array, place: Placement, *, index: Any, layout: Layout):
-    """Adds one layer's gradient to its rows of the stacked accumulator, in place."""
+    """Adds one layer's gradient to its row of the stacked accumulator, in place."""
     gradient = _reduce_each(gradient, place, accumulated.dtype, layout, layer=True)
-    row = lax.dynamic_index_in_dim(accumulated, index, 0, keepdims=False)
-    return lax.dynamic_update_index_in_dim(accumulated, row + gradient, index, 0)
+    if layout.microbatches > 1:  # else there are only zeros to add to, which need not be read
+        gradient = gradient + lax.dynamic_index_in_dim(accumulated, index, 0, keepdims=False)
+    return lax.dynamic_update_index_in_dim(accumulated, gradient, index, 0)
 
 
 def _reduce_once(accumulator: Tree, places: Tree, layout: Layout) -> Tree:

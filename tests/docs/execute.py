@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 # docs/grid.md is written by tests/grid.py, from runs of its own.
-PAGES = (ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "grid.md"))
+PAGES = (ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if path.name != "grid.md"))
 
 CONSOLE = re.compile(r"(?:<!-- show: (?P<show>[^\n]*) -->\n)?```console\n(?P<body>.*?)```\n", re.S)
 PYTHON = re.compile(r"```python\n(?P<code>.*?)```\n(?:\n?```text\n(?P<text>.*?)```\n)?", re.S)
@@ -40,6 +40,8 @@ VOLATILE = (
     (r"(?<=does not fit: the compiler says ).*", 0),
     (r"largest relative error \S+ in \S+ <= ", 0),
     (r"(?<=losses )([\d.]+), ([\d.]+), ([\d.]+)", 1e-3),
+    (r"\nloss +([\d.]+) at step \d+, ([\d.]+) at step", 1e-3),
+    (r"\nheld out +([\d.]+) after", 1e-3),
     (r"\nseconds .*", 0),
     (r"\n    emitted .*", 0),
     (r"\nnote: .*(\n  .*)*", None),
@@ -55,11 +57,18 @@ class Printed:
 
 
 class Session:
-    """Runs commands and code as a reader would, from the root of the repository, each command once."""
+    """Runs commands and code as a reader would, from the root of a checkout, each command once.
+
+    The checkout is a folder of links to this one, but for runs/, so that what a command leaves is not left here.
+    """
 
     def __init__(self, cache: Path, *, draw: bool = False):
         self.cache, self.draw = cache, draw
         self.printed: dict[str, Printed] = {}
+        self.root = Path(tempfile.mkdtemp(dir=cache))
+        for path in ROOT.iterdir():
+            if path.name != "runs":
+                (self.root / path.name).symlink_to(path)
 
     @contextlib.contextmanager
     def _outside(self) -> Iterator[io.StringIO]:
@@ -69,7 +78,7 @@ class Session:
         before = {name: os.environ.get(name) for name in own}
         os.environ.update(own)
         try:
-            with contextlib.chdir(ROOT), contextlib.redirect_stdout(out):
+            with contextlib.chdir(self.root), contextlib.redirect_stdout(out):
                 yield out
         finally:
             for name, value in before.items():
