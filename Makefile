@@ -39,9 +39,8 @@ grid: $(READY) ## Every layout of a small model on every target, and real models
 	$(VENV)/bin/python -m tests.grid
 
 experiments: $(READY) ## Run every experiment that needs no device again, into docs/measurements; half an hour
-	@for name in zero_stages three_compilers llama_405b why_zero2 curves crashes bench_step; do \
+	@for name in zero_stages three_compilers llama_405b why_zero2 curves crashes bench_step bench_check; do \
 	  echo "== $$name" && $(VENV)/bin/python experiments/$$name.py --out docs/measurements || exit 1; done
-	$(VENV)/bin/python experiments/bench_check.py --csv docs/measurements/bench_check.csv
 
 docs: $(READY) ## Run every command in README.md and docs/ again, and write what it prints
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m tests.docs.execute --write

@@ -1,6 +1,6 @@
 """Where does the time of a check go? Wall time, its parts and memory, from llama-tiny to 405B.
 
-    python experiments/bench_check.py [--repeat N] [--csv FILE]
+    python experiments/bench_check.py [--repeat N] [--out DIR]
 
 Each check runs cold: in a process of its own, with the cache of ledgers off. `start` is what a process pays before it
 does anything, imports of jax, flax and optax, measured in a process that does nothing else; `own` is what is left of
@@ -10,17 +10,19 @@ first row is what `jaxllm --help` takes.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from experiments import common
+
+ROOT = common.ROOT
 
 HELP = "jaxllm --help"
 CHECKS = {
@@ -32,6 +34,8 @@ CHECKS = {
 }  # fmt: skip
 
 COLUMNS = ("check", "wall", "start", "lower", "compile", "measure", "own", "peak_gb")
+# What the wall time is made of; `measure` is a part of our own.
+PARTS = {"start": "imports", "lower": "tracing and lowering", "compile": "XLA", "own": "jaxllm's own"}
 
 
 def timed(command: list[str]) -> tuple[float, float, str]:
@@ -60,24 +64,42 @@ def measured(name: str) -> dict[str, float | str]:
     return {"check": name, "wall": wall, "start": start, **parts, "own": own, "peak_gb": memory}
 
 
+def draw(rows: Sequence[common.Row], path: Path) -> None:
+    """A bar a check, cut into what its wall time is made of."""
+    figure = common.figure(9, 1.2 + 0.5 * len(rows))
+    axes = figure.subplots()
+    colours = (common.PALE, common.THIRD, common.FIRST, common.SECOND)
+    for place, row in enumerate(rows):
+        left = 0.0
+        for part, colour in zip(PARTS, colours, strict=True):
+            # The help has no parts: all of it is our own.
+            seconds = row.get(part) or (row["wall"] if part == "own" and row.get("start") is None else 0.0)
+            axes.barh(place, seconds, left=left, height=0.6, color=colour)
+            left += seconds
+        axes.annotate(f" {row['wall']:.1f} s", (left, place), va="center")
+    for label, colour in zip(PARTS.values(), colours, strict=True):
+        axes.barh(0, 0, color=colour, label=label)
+    axes.set_yticks(range(len(rows)), [row["check"] for row in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds, cold, on two cores", title="The time of a check goes into XLA")
+    axes.legend(frameon=False, loc="upper right")
+    common.save_png(figure, path)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=3, help="repetitions of each check, 3 by default")
-    parser.add_argument("--csv", type=Path, help="write the table there too")
-    options = parser.parse_args()
+    def repeat(parser: ArgumentParser) -> None:
+        parser.add_argument("--repeat", type=int, default=3, help="repetitions of each check, 3 by default")
+
+    options = common.options(__doc__, repeat)
     rows = []
-    print("  ".join(f"{column:>10}" if column != "check" else f"{column:28}" for column in COLUMNS))
     for name in (HELP, *CHECKS):
+        common.progress(f"{name}, {max(1, options.repeat)} times")
         runs = [measured(name) for _ in range(max(1, options.repeat))]
         medians = {c: statistics.median(run[c] for run in runs) for c in COLUMNS[1:] if c in runs[0]}
-        row = {"check": name} | {c: round(value, 2) for c, value in medians.items()}
-        rows.append(row)
-        print("  ".join(f"{row.get(c, ''):>10}" if c != "check" else f"{name:28}" for c in COLUMNS), flush=True)
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        rows.append(dict.fromkeys(COLUMNS) | {"check": name} | {c: round(value, 2) for c, value in medians.items()})
+    common.show(rows, {column: column for column in COLUMNS})
+    common.write_csv(rows, options.out / "bench_check.csv")
+    draw(rows, options.out / "bench_check.png")
     return 0
 
 
