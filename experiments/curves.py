@@ -5,7 +5,7 @@
 One run is `jaxllm train` on eight emulated devices, with tensor parallelism and ZeRO 3. The other takes the same
 parameters and batches through the reference that is written without any sharding, on one device. In f32 the losses have
 to be within 1e-4 of each other at every step, and the held-out loss has to end below the entropy of the text's byte
-pairs: a table of pairs is the best that a model without context can be.
+pairs: the best that a table which sees one byte can do.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -62,7 +63,7 @@ def command(setup: Setup) -> str:
     work, model = setup.workload, setup.model
     name = model.name if model.name in type(model).presets() else model.source
     return (
-        f"jaxllm check {name} --mesh {setup.mesh} --layout {setup.layout} --batch {work.batch} --seq "
+        f"jaxllm check {shlex.quote(name)} --mesh {shlex.quote(str(setup.mesh))} --layout {setup.layout} --batch {work.batch} --seq "
         f"{work.sequence} --precision {work.precision} --gradient-dtype {work.dtypes.gradients} --target {setup.target}"
     )
 

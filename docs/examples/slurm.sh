@@ -16,3 +16,8 @@ export first run resume
 srun bash -c 'exec jaxllm train llama-3-8b --mesh h100:16 --layout data=16,zero=3,remat=full \
   --batch 64 --text corpus.txt --tokenizer tokenizer.json --lr 3e-4 --steps 10000 --save-every 200 \
   --out "$run" $resume --processes "$SLURM_NTASKS" --process "$SLURM_PROCID" --coordinator "$first:12345"'
+
+# Ended by SIGTERM, with a checkpoint: to the queue again, and on from there.
+code=$?
+[ $code -eq 143 ] && scontrol requeue "$SLURM_JOB_ID"
+exit $code

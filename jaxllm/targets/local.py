@@ -20,6 +20,7 @@ def devices(mesh: Any) -> list[Any]:
     if len(here) < mesh.devices:
         raise TargetError(
             f"{len(here)} {here[0].platform} device{'s are' if len(here) > 1 else ' is'} here and the mesh "
-            f"{mesh.text} has {mesh.devices}: use a mesh of {len(here)}, or leave --target out to compile without devices."
+            f"{mesh.text} has {mesh.devices}: use a mesh of {len(here)}, or --target cpu to emulate it; check compiles for "
+            "devices that are not here when --target is left out."
         )
     return here[: mesh.devices]

@@ -75,10 +75,14 @@ def _join(group: Group) -> None:
     import jax
 
     try:
+        # Nothing is detected: Slurm's and others' ways would have each process see one card of its node.
         jax.distributed.initialize(
-            group.coordinator, group.processes, group.index, initialization_timeout=MEET_WITHIN
-        )
+            group.coordinator, group.processes, group.index, cluster_detection_method="deactivate",
+            initialization_timeout=MEET_WITHIN,
+        )  # fmt: skip
     except RuntimeError as error:
+        if group.index == 0 and "failed to start" in str(error).lower():
+            raise TargetError(f"process 0 cannot listen at {group.coordinator}: take another port.") from error
         raise TargetError(
             f"process {group.index} of {group.processes} does not meet the others at {group.coordinator} within "
             f"{MEET_WITHIN} s: {str(error).splitlines()[0][:160]}; start all of them with the same --coordinator."

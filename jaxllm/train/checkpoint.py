@@ -119,7 +119,7 @@ def _disk(error: BaseException) -> str | None:
     """What the disk said, in whichever way Orbax and TensorStore pass it on."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EFBIG):
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EFBIG, errno.ENOTDIR, errno.EEXIST):
             return str(seen.strerror).lower()
         for sign in ("no space left", "read-only file system", "disk quota exceeded", "permission denied", "file too large"):
             if sign in str(seen).lower():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +71,7 @@ def run(
     group.end_with_watcher()
     if leads:
         request.open_folder(found)
-    with start.quiet(), progress(leads) as say, contextlib.redirect_stderr(io.StringIO()):
+    with start.quiet(), progress(leads) as say, contextlib.redirect_stderr(io.StringIO()), _interrupt_told(say):
         # Of Python too nothing but progress is told: Orbax and TensorStore print tracebacks of their threads.
         say("starting JAX")
         start.prepare(target, mesh.devices, start.Group(number, index, coordinator) if number > 1 else None)
@@ -93,6 +95,23 @@ def run(
     if leads:
         _print_fields(_outcome_fields(job, outcome))
     return 128 + outcome.stopped if outcome.stopped else 0
+
+
+@contextlib.contextmanager
+def _interrupt_told(say: Callable[[str], None]) -> Iterator[None]:
+    """An interrupt before the first step ends at once, as in other commands; what they print would go nowhere here."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted(number: int, frame: Any) -> None:
+        say("interrupted")
+        if callable(before):
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _asked(
@@ -159,7 +178,7 @@ def _schedule(warmup: int) -> str:
 def _outcome_fields(job: Job, outcome: Outcome) -> list[tuple[str, str]]:
     """What became of it, as (name, value)."""
     steps, first = outcome.steps, outcome.steps[0]
-    last, own = steps[-1], [step.seconds for step in steps[outcome.first :]]
+    last, own = steps[-1], [step.seconds for step in steps if step.step > outcome.first]
     fields = [
         ("steps", f"{last.step:,} of {job.steps:,}" + (f", {outcome.first:,} of them before" if outcome.first else "")),
         ("loss", f"{first.loss:.4f} at step {first.step:,}, {last.loss:.4f} at step {last.step:,}"),

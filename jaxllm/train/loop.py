@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxllm.check import build
 from jaxllm.program import Built
-from jaxllm.spec.errors import DoesNotFit, SpecError
+from jaxllm.spec.errors import DoesNotFit, SpecError, TargetError
 from jaxllm.spec.layout import Layout
 from jaxllm.spec.machine import Mesh
 from jaxllm.spec.model import ModelConfig
@@ -113,7 +114,10 @@ def train(job: Job, *, resume: bool, say: Say) -> Outcome:
         step = compiler.compile(built, say)
         if step.refused:
             raise DoesNotFit(f"the step does not fit: the compiler says {step.refused}")
+        step.dump.cleanup()  # nobody measures it
         with _memory(job):
+            if resume and not first:
+                say("there is no checkpoint: beginning again with the first step")
             if first:
                 say(f"going on after step {first:,}")
                 state = checkpoint.restore(manager, first, built)
@@ -129,6 +133,8 @@ def _steps(
     path, leads = job.folder / "metrics.csv", jax.process_index() == 0
     with _written(path):
         done = metrics.keep(path, first) if leads else []
+    if leads and len(done) < first:
+        say(f"metrics.csv lacks rows of the {first:,} steps before")
     like, size = built.arguments[2], job.workload.batch * job.workload.sequence
     saved, told = first, 0.0
     parameters, optimizer = state
@@ -150,12 +156,13 @@ def _steps(
             with _written(path):
                 if leads:
                     metrics.append(path, done[-1])
-            if not math.isfinite(loss):
+            saves = last or number % job.save_every == 0
+            if not all(map(math.isfinite, (loss, norm, held_out or 0.0))) or (saves and not _finite(parameters)):
                 raise SpecError(
-                    f"the loss is {loss} at step {number:,} with --lr {job.learning_rate:g}; take a smaller one and another "
-                    f"--out{f'; the checkpoint of step {saved:,} is whole' if saved else ''}."
+                    f"training with --lr {job.learning_rate:g} gives what is no number at step {number:,}, where the loss is "
+                    f"{loss:g}; take a smaller one and another --out{f'; the checkpoint of step {saved:,} is whole' if saved else ''}."
                 )
-            if number % job.save_every == 0 or last:
+            if saves:
                 checkpoint.save(manager, number, built, parameters, optimizer)
                 saved = number
             if now - told > TELL_EVERY or held_out is not None:
@@ -176,6 +183,12 @@ def evaluate(built: Built, parameters: Tree, text: Text) -> float:
 def _progress(step: Step, steps: int) -> str:
     held_out = f", held out {step.held_out:.4f}" if step.held_out is not None else ""
     return f"step {step.step:,} of {steps:,}: loss {step.loss:.4f}{held_out}; {step.seconds:.2f} s a step"
+
+
+@jax.jit
+def _finite(tree: Tree) -> jax.Array:
+    """Whether all of it are numbers."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def _agreed(wanted: int) -> int:
@@ -204,7 +217,11 @@ def _memory(job: Job) -> Iterator[None]:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            if jax.process_count() == 1:
+                raise
+            raise TargetError(
+                f"another process is gone: {compiler.first_line(error)[:160]}; start all of them again, with --resume."
+            ) from error
         raise DoesNotFit(
             f"{job.model.name} does not fit with {job.layout} on {job.mesh}: {compiler.memory_message(str(error))}"
         ) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import tempfile
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def append(path: Path, step: Step) -> None:
 def read(path: Path) -> list[Step]:
     """The rows up to the first that is damaged: a kill may cut the last one short. No file is no rows."""
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
     steps = []
@@ -59,10 +58,9 @@ def keep(path: Path, last: int) -> list[Step]:
     """Leaves the rows up to a step, which are returned: what a checkpoint does not know is done again. Raises OSError."""
     steps = [step for step in read(path) if step.step <= last]
     lines = "".join(_line(row) for row in (COLUMNS, *map(astuple, steps))) if steps else ""
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-        file.write(lines)
-    os.replace(name, path)
+    part = path.with_suffix(".part")
+    part.write_text(lines, encoding="utf-8", newline="")
+    os.replace(part, path)
     return steps
 
 

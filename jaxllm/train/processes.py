@@ -51,12 +51,12 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
         running: list[subprocess.Popen[bytes]] = []
         # Before any of them is started, so that none is left behind.
-        _pass_on(running)
+        asked = _pass_on(running)
         for index in range(processes):
             own = ["--process", str(index), "--coordinator", coordinator]
             running.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "jaxllm", *arguments, *own],
+                    [sys.executable, "-m", "jaxllm", arguments[0], *own, *arguments[1:]],
                     env=os.environ | {WATCHER: str(os.getpid())},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE if index == 0 else subprocess.DEVNULL,
@@ -70,7 +70,14 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         shown.join()
         if first is None:
             return 0
-        if first:
+        if asked:
+            return 128 + asked[0]
+        if running[first].returncode < 0:
+            print(
+                f"jaxllm: process {first} was ended by signal {-running[first].returncode}; go on with --resume.",
+                file=sys.stderr,
+            )
+        elif first:
             _show(said[first])
         return _code(running[first])
 
@@ -89,14 +96,19 @@ def end_with_watcher() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _pass_on(running: list[subprocess.Popen[bytes]]) -> None:
+def _pass_on(running: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Passes SIGINT and SIGTERM on, and kills at the second one. The list gets those that came."""
+    asked: list[int] = []
+
     def forward(number: int, frame: object) -> None:
+        asked.append(number)
         for process in running:
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
+                process.send_signal(number if len(asked) == 1 else signal.SIGKILL)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
+    return asked
 
 
 def _first_to_fail(running: Sequence[subprocess.Popen[bytes]]) -> int | None:
@@ -123,8 +135,9 @@ def _code(process: subprocess.Popen[bytes]) -> int:
 def _copy(stream: IO[bytes]) -> None:
     """What process 0 prints, to where this process prints, which need not be a terminal or a file."""
     for line in stream:
-        sys.stdout.write(line.decode(errors="replace"))
-        sys.stdout.flush()
+        with contextlib.suppress(BrokenPipeError):  # the reader has gone, and the training goes on
+            sys.stdout.write(line.decode(errors="replace"))
+            sys.stdout.flush()
 
 
 def _show(said: IO[bytes]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -41,13 +40,13 @@ OPTIONS = {
 
 def write(folder: Path, record: Record) -> None:
     """Writes run.json beside and moves it into place. Raises OSError."""
-    handle, name = tempfile.mkstemp(dir=folder, suffix=".part")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
+    part = folder / "run.part"
+    with part.open("w", encoding="utf-8") as file:
         json.dump({"schema": SCHEMA} | asdict(record), file, indent=2)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(name, folder / "run.json")
+    os.replace(part, folder / "run.json")
 
 
 def read(folder: Path) -> Record | None:
@@ -58,7 +57,7 @@ def read(folder: Path) -> Record | None:
         schema = found.pop("schema")
         if schema != SCHEMA:
             raise SpecError(f"{str(path)!r} has schema {schema!r}, and this jaxllm reads {SCHEMA}; take its own version.")
-        return Record(**{field.name: found.pop(field.name) for field in fields(Record)})
+        return _sound(Record(**{field.name: found.pop(field.name) for field in fields(Record)}))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -69,12 +68,30 @@ def read(folder: Path) -> Record | None:
         raise SpecError(f"{str(path)!r} is not the record of a run; take another --out.") from None
 
 
+def _sound(record: Record) -> Record:
+    """The record, if each field is of its kind. Raises ValueError."""
+    numbers = {"batch": 1, "sequence": 1, "warmup": 0, "seed": 0}
+    for field in fields(Record):
+        value = getattr(record, field.name)
+        if field.name == "model":
+            good = isinstance(value, dict) and isinstance(value.get("name"), str)
+        elif field.name in numbers:
+            good = type(value) is int and value >= numbers[field.name]
+        elif field.name == "learning_rate":
+            good = type(value) in (int, float) and 0 < value < 1000
+        else:
+            good = isinstance(value, str)
+        if not good:
+            raise ValueError(f"{field.name} is {value!r}")
+    return record
+
+
 def check_same(before: Record, now: Record, folder: Path) -> None:
     """Raises SpecError where a resumed run is not the one that lies in the folder."""
     if dict(before.model) != dict(now.model):
         raise SpecError(
-            f"--out {str(folder)!r} holds a run of {_model(before)}, not of {_model(now)}; name that model, or take "
-            "another folder."
+            f"--out {str(folder)!r} holds a run of {before.model['name']}, not of {now.model['name']}; name that model, or "
+            "take another folder."
         )
     for name, option in OPTIONS.items():
         old, new = getattr(before, name), getattr(now, name)
@@ -89,6 +106,3 @@ def check_same(before: Record, now: Record, folder: Path) -> None:
             "take another folder."
         )
 
-
-def _model(record: Record) -> str:
-    return f"{record.model.get('name')!r}" if isinstance(record.model, Mapping) else "another model"

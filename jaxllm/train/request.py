@@ -17,7 +17,7 @@ from jaxllm.spec.model import ModelConfig
 from jaxllm.spec.validate import default_batch, default_sequence, validate
 from jaxllm.spec.workload import Workload
 from jaxllm.theory import predict
-from jaxllm.train import record
+from jaxllm.train import metrics, record
 from jaxllm.train.record import Record
 from jaxllm.train.text import Text, read_text
 
@@ -69,6 +69,7 @@ def resolve(
         raise SpecError(f"--out {str(folder)!r} holds no run to resume; leave --resume out to begin one.")
     if leads and not resume:
         _check_new(folder, before)
+        before = None
 
     def chosen(name: str, default: Any) -> Any:
         given = getattr(asked, name)
@@ -106,9 +107,15 @@ def resolve(
     return Request(now, workload, text, folder)
 
 
+def last_checkpoint(folder: Path) -> int:
+    """The step of the newest whole checkpoint in a run's folder, 0 when there is none; found without JAX."""
+    whole = (path.parent for path in (folder / CHECKPOINTS).glob("*/_CHECKPOINT_METADATA"))
+    return max((int(path.name) for path in whole if path.name.isdecimal()), default=0)
+
+
 def check_steps(folder: Path, steps: int) -> None:
     """Raises SpecError when a resumed run has its steps already."""
-    done = max((int(path.name) for path in (folder / CHECKPOINTS).glob("*") if path.name.isdecimal()), default=0)
+    done = last_checkpoint(folder)
     if done >= steps:
         raise SpecError(f"--out {str(folder)!r} has {done:,} steps already; ask for more than that with --steps.")
 
@@ -141,9 +148,11 @@ def open_folder(request: Request) -> None:
 
 
 def _check_new(folder: Path, before: Record | None) -> None:
+    if before is not None and not last_checkpoint(folder) and not metrics.read(folder / "metrics.csv"):
+        return  # it never began: what kept it from that may have been corrected since
     if before is not None:
         raise SpecError(
-            f"--out {str(folder)!r} holds a run of {before.model.get('name')}; add --resume to go on with it, or take "
+            f"--out {str(folder)!r} holds a run of {before.model['name']}; add --resume to go on with it, or take "
             "another folder."
         )
     try:

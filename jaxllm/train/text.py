@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -126,6 +128,9 @@ def _tokenizer(text: str | None, vocab: int) -> Any:
     except Exception as error:  # the library raises plain Exception
         said = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise SpecError(f"--tokenizer {text!r} is no tokenizer.json: {said}; fetch it again.") from None
+    # What a model was served with would cut a text to one sequence, or fill it up.
+    loaded.no_truncation()
+    loaded.no_padding()
     largest = max(loaded.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= vocab:
         raise SpecError(
@@ -144,6 +149,8 @@ def _blocks(path: str) -> Iterator[tuple[bytes, str]]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     at = 0
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # it may never end, and nobody could read it again
+            raise SpecError(f"--text {path!r} is a pipe, which cannot be read twice; write it to a file first.")
         with open(path, "rb") as file:
             while True:
                 block = file.read(_BLOCK)

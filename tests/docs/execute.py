@@ -41,6 +41,7 @@ VOLATILE = (
     (r"largest relative error \S+ in \S+ <= ", 0),
     (r"(?<=losses )([\d.]+), ([\d.]+), ([\d.]+)", 1e-3),
     (r"\nloss +([\d.]+) at step \d+, ([\d.]+) at step", 1e-3),
+    (r"this machine has [\d.]+ \wB", None),
     (r"\nheld out +([\d.]+) after", 1e-3),
     (r"\nseconds .*", 0),
     (r"\n    emitted .*", 0),

@@ -93,7 +93,7 @@ def test_a_resumed_run_is_what_its_record_says(tmp_path) -> None:
         ({"precision": "bf16-f32"}, "--precision f32, and bf16-f32"),
         ({"gradient_dtype": "bf16"}, "--gradient-dtype"),
         ({"text": __file__}, "another text"),
-        ({"model": dataclasses.replace(MODEL, layers=2, name="small")}, "holds a run of 'llama-tiny', not of 'small'"),
+        ({"model": dataclasses.replace(MODEL, layers=2, name="small")}, "holds a run of llama-tiny, not of small"),
     ],
 )
 def test_a_resumption_of_something_else_is_refused(tmp_path, asked, sentence) -> None:
@@ -109,6 +109,7 @@ def test_the_source_of_a_model_is_not_its_identity(tmp_path) -> None:
 
 def test_nothing_is_written_over(tmp_path) -> None:
     request.open_folder(resolved(tmp_path / "run"))
+    metrics.append(tmp_path / "run" / "metrics.csv", STEPS[0])
     with pytest.raises(SpecError, match="holds a run of llama-tiny; add --resume"):
         resolved(tmp_path / "run")
     resolved(tmp_path / "run", leads=False)  # another process of the same run looks away
@@ -125,6 +126,41 @@ def test_nothing_is_written_over(tmp_path) -> None:
 def test_a_folder_that_cannot_be_written(tmp_path) -> None:
     with pytest.raises(SpecError, match="cannot be written"):
         request.open_folder(resolved(Path("/proc/run")))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"model": "x"}, {"model": {}}, {"learning_rate": "x"}, {"seed": -1}, {"text": 5}, {"batch": 0}, {"warmup": None}],
+)
+def test_a_record_of_odd_content_is_told(tmp_path, changed) -> None:
+    request.open_folder(resolved(tmp_path / "run"))
+    path = tmp_path / "run" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    for resume in (True, False):
+        with pytest.raises(SpecError, match="not the record of a run"):
+            resolved(tmp_path / "run", resume=resume)
+
+
+def test_files_are_as_readable_as_others(tmp_path) -> None:
+    request.open_folder(resolved(tmp_path / "run"))
+    (tmp_path / "other").write_text("")
+    metrics.append(tmp_path / "run" / "metrics.csv", STEPS[0])
+    metrics.keep(tmp_path / "run" / "metrics.csv", 1)
+    modes = {path.stat().st_mode & 0o777 for path in (*(tmp_path / "run").iterdir(), tmp_path / "other")}
+    assert len(modes) == 1
+
+
+def test_a_run_that_never_began_is_begun_anew(tmp_path) -> None:
+    request.open_folder(resolved(tmp_path / "run"))
+    assert resolved(tmp_path / "run", seed=3).record.seed == 3  # what kept it may have been corrected
+    metrics.append(tmp_path / "run" / "metrics.csv", STEPS[0])
+    with pytest.raises(SpecError, match="add --resume"):
+        resolved(tmp_path / "run", seed=3)
+
+
+def test_metrics_that_are_no_text_have_no_rows(tmp_path) -> None:
+    (tmp_path / "metrics.csv").write_bytes(bytes(range(256)) * 9)
+    assert metrics.read(tmp_path / "metrics.csv") == []
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}', '{"schema": 9, "model": {}}'])
@@ -144,6 +180,8 @@ def test_a_record_comes_back(tmp_path) -> None:
 def test_steps_that_are_there_already(tmp_path) -> None:
     for name in ("checkpoints/50", "checkpoints/100", "checkpoints/150.orbax-checkpoint-tmp"):
         (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "_CHECKPOINT_METADATA").write_text("{}")
+    (tmp_path / "checkpoints" / "999").mkdir()  # nobody's checkpoint
     request.check_steps(tmp_path, 101)
     with pytest.raises(SpecError, match="has 100 steps already"):
         request.check_steps(tmp_path, 100)

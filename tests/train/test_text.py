@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections import Counter
 
@@ -60,6 +61,23 @@ def test_a_tokenizer_sees_whole_lines(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(module, "_BLOCK", 41)
     cut = read_text(written(tmp_path, SENTENCES), file, 64, 16)
     assert np.array_equal(whole.tokens, cut.tokens) and whole.digest == cut.digest
+
+
+def test_what_a_tokenizer_was_served_with_does_not_cut_or_fill_the_text(tmp_path) -> None:
+    file = tokenizer(tmp_path, ["The", "ship", "tide"])
+    plain = read_text(written(tmp_path, SENTENCES), file, 64, 16)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 40, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {"strategy": {"Fixed": 9000}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                          "pad_type_id": 0, "pad_token": "[UNK]"}  # fmt: skip
+    served = written(tmp_path, json.dumps(content), "served.json")
+    assert np.array_equal(read_text(written(tmp_path, SENTENCES), served, 64, 16).tokens, plain.tokens)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SpecError, match="is a pipe, which cannot be read twice"):
+        read_text(str(tmp_path / "pipe"), None, 256, 16)
 
 
 def test_entropy_of_pairs_is_the_textbook_sum() -> None:

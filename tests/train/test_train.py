@@ -93,6 +93,10 @@ def test_a_run_goes_on_with_the_same_losses_and_on_another_layout(config, whole,
     for (loss, _), step in zip(losses(moved), whole, strict=True):
         assert loss == pytest.approx(step.loss, abs=1e-5)
     capsys.readouterr()
+    (moved / "metrics.csv").write_bytes(b"\xff\x00 no rows")
+    assert main(arguments(config, moved, "--resume", layout=OTHER, steps=STEPS + 1)) == 0
+    assert "lacks rows of the 8 steps before" in capsys.readouterr().err
+    assert [step.step for step in metrics.read(moved / "metrics.csv")] == [9]
     assert main(arguments(config, out, "--resume")) == 2
     assert "has 8 steps already" in capsys.readouterr().err
 
@@ -145,6 +149,25 @@ def test_two_processes_are_one_mesh(config, whole, tmp_path) -> None:
     assert main(arguments(config, out, "--resume", steps=STEPS + 1)) == 0
 
 
+def test_a_cluster_s_own_ways_do_not_choose_the_devices() -> None:
+    """jax would take one card a process from Slurm's variables; a node's only process has all."""
+    code = """
+import socket
+from jaxllm.targets import start
+with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+start.prepare("cpu", 2, start.Group(1, 0, f"localhost:{port}"))
+from jax._src import xla_bridge
+assert xla_bridge.CUDA_VISIBLE_DEVICES.value == "all", xla_bridge.CUDA_VISIBLE_DEVICES.value
+"""
+    slurm = dict(SLURM_JOB_ID="5", SLURM_STEP_NODELIST="a", SLURM_NTASKS="1", SLURM_PROCID="0", SLURM_LOCALID="0")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | slurm, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+
+
 def test_a_process_that_fails_takes_the_others_with_it(config, tmp_path) -> None:
     (tmp_path / "run").mkdir(mode=0o755)
     command = [sys.executable, "-m", "jaxllm", *new(config, tmp_path / "run", "--processes", "2")]
@@ -157,7 +180,9 @@ def test_a_process_that_fails_takes_the_others_with_it(config, tmp_path) -> None
 def test_a_loss_that_is_no_number_ends_the_run(config, tmp_path, capsys) -> None:
     assert main([*arguments(config, tmp_path / "run", **ONE), "--text", str(TEXT), "--seq", "16", "--lr", "999", "--warmup", "0"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "with --lr 999; take a smaller one" in error
+    assert "training with --lr 999 gives what is no number at step" in error and "take a smaller one" in error
+    for step in checkpoints(tmp_path / "run"):  # no checkpoint holds what is no number
+        assert int(step) < len(metrics.read(tmp_path / "run" / "metrics.csv"))
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_what_there_is(config, tmp_path, monkeypatch, capsys) -> None:
