@@ -23,6 +23,7 @@ from typing import Any
 
 from experiments import common
 from jaxllm.train import metrics
+from jaxllm.train.request import last_checkpoint
 
 ROOT = common.ROOT
 RUN = (
@@ -44,11 +45,6 @@ def train(folder: Path, steps: int, *, resume: bool) -> subprocess.Popen[bytes]:
     )
 
 
-def newest(folder: Path) -> int:
-    """The step of the newest whole checkpoint, 0 when there is none."""
-    return max((int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdecimal()), default=0)
-
-
 def last_step(folder: Path) -> int:
     """The last step that metrics.csv tells of, 0 when none."""
     rows = metrics.read(folder / "metrics.csv")
@@ -60,7 +56,7 @@ def killed(folder: Path, steps: int, draw: random.Random, *, resume: bool) -> di
 
     Raises RuntimeError when it ends by itself before.
     """
-    before, target = newest(folder), draw.randint(-REACH // 6, REACH)
+    before, target = last_checkpoint(folder), draw.randint(-REACH // 6, REACH)
     begin = time.monotonic()
     process = train(folder, steps, resume=resume)
     while target > 0 and last_step(folder) < before + target and process.poll() is None:
@@ -71,7 +67,7 @@ def killed(folder: Path, steps: int, draw: random.Random, *, resume: bool) -> di
         raise RuntimeError(f"the run ended with {process.returncode}: {said.decode()[-300:]}; ask for more --steps.")
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    seen, kept = last_step(folder), newest(folder)
+    seen, kept = last_step(folder), last_checkpoint(folder)
     return {
         "seconds": round(time.monotonic() - begin, 2), "began_after": before, "last_step": seen, "checkpoint": kept,
         "lost": max(0, seen - kept),
