@@ -1,5 +1,8 @@
-"""The model: a Flax NNX Llama that knows nothing of meshes or degrees."""
+"""The models: Flax NNX modules that know nothing of meshes or degrees, and what a step has to know of each family."""
 
-from jaxllm.model.llama import SAVED, WHOLE, Block, Llama, Shards, cross_entropy, lookup, rms_norm, rotary
+from jaxllm.model.families import Family, family
+from jaxllm.model.gpt import GPT
+from jaxllm.model.llama import Llama
+from jaxllm.model.parts import WHOLE, Shards, cross_entropy
 
-__all__ = ["SAVED", "WHOLE", "Block", "Llama", "Shards", "cross_entropy", "lookup", "rms_norm", "rotary"]
+__all__ = ["GPT", "WHOLE", "Family", "Llama", "Shards", "cross_entropy", "family"]

@@ -11,7 +11,6 @@ H head size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,39 +18,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxllm.model.parts import WHOLE, Shards, attention_scores, causal_softmax, keep, lookup, normal, plain
 from jaxllm.spec.model import ModelConfig
 
 # What remat=none saves of a block beside its input. Each is the output of a matmul or of a reduction over devices
 # (or, for "residual", of both), so that the backward pass recomputes only elementwise work from them.
 SAVED = ("q", "k", "v", "scores", "attention", "residual", "gate", "up")
 
-
-def _same(x: Any) -> Any:
-    return x
-
-
-@dataclass(frozen=True)
-class Shards:
-    """How a slice of the model meets the other slices: Megatron's f and g, and what a sliced vocabulary needs.
-
-    enter  where the slices part: identity forward, sum over the slices backward (Megatron's f)
-    sum    where partial results meet: sum over the slices forward, identity backward (Megatron's g)
-    max    the largest over the slices; not differentiated
-    index  which slice this is, 0 to n-1
-    """
-
-    enter: Callable[[jax.Array], jax.Array] = _same
-    sum: Callable[[jax.Array], jax.Array] = _same
-    max: Callable[[jax.Array], jax.Array] = _same
-    index: Callable[[], Any] = lambda: 0
-
-
-WHOLE = Shards()
-
-
-def keep(name: str, value: jax.Array) -> jax.Array:
-    """The default for `save`: names an activation and changes nothing."""
-    return value
+# The weights of a block that multiply matrices, and the name of what each is multiplied with: all that its gradient
+# needs beside the gradient of its output, so that a pipeline can put it off to a step of its own.
+PRODUCTS = {
+    "q": "attention_input",
+    "k": "attention_input",
+    "v": "attention_input",
+    "o": "attention",
+    "gate": "mlp_input",
+    "up": "mlp_input",
+    "down": "hidden",
+}
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
@@ -84,47 +68,6 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attention_scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """q (b, t, k, g, H) against k (b, s, k, H): scaled scores (b, k, g, t, s)."""
-    return jnp.einsum("btkgh,bskh->bkgts", q, k) * q.shape[-1] ** -0.5
-
-
-def causal_softmax(scores: jax.Array) -> jax.Array:
-    """Softmax over the last dim with the future masked, computed in f32, returned in the dtype of the scores."""
-    t, s = scores.shape[-2:]
-    past = lax.broadcasted_iota(jnp.int32, (t, s), 0) >= lax.broadcasted_iota(jnp.int32, (t, s), 1)
-    return jax.nn.softmax(jnp.where(past, scores.astype(jnp.float32), -1e30), axis=-1).astype(scores.dtype)
-
-
-def lookup(table: jax.Array, tokens: jax.Array, shards: Shards = WHOLE) -> jax.Array:
-    """Rows of a table (V, D) sliced by vocabulary, for tokens (b, t): masked where the row lies elsewhere, then summed.
-
-    Megatron-LM's vocabulary-parallel embedding: one all-reduce, no one-hot matmul.
-    """
-    rows = table.shape[0]
-    local = tokens - shards.index() * rows
-    here = (local >= 0) & (local < rows)
-    return shards.sum(jnp.where(here[..., None], jnp.take(table, local, axis=0, mode="clip"), 0))
-
-
-def cross_entropy(logits: jax.Array, targets: jax.Array, vocab: int, shards: Shards = WHOLE) -> jax.Array:
-    """Sum over the tokens of -log softmax(logits)[target], in f32; a target below 0 is masked out.
-
-    Logits (b, t, V) may be a slice of the vocabulary; they are never gathered. Columns from `vocab` on are padding.
-    """
-    columns = shards.index() * logits.shape[-1] + lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    logits = jnp.where(columns < vocab, logits.astype(jnp.float32), -1e30)
-    largest = shards.max(lax.stop_gradient(jnp.max(logits, axis=-1)))
-    total = shards.sum(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
-    # A comparison instead of a gather: its derivative is a select, where a gather's would be a scatter.
-    picked = shards.sum(jnp.sum(jnp.where(columns == targets[..., None], logits, 0.0), axis=-1))
-    return jnp.sum(jnp.where(targets >= 0, jnp.log(total) + largest - picked, 0.0))
-
-
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, dtype: Any, dims: tuple[str, ...]) -> nnx.Param:
-    return nnx.Param((jax.random.normal(rngs.params(), shape, jnp.float32) * scale).astype(dtype), dims=dims)
-
-
 class Block(nnx.Module):
     """One decoder block. Each weight carries the names of its dims: sharding rules speak of those."""
 
@@ -136,14 +79,14 @@ class Block(nnx.Module):
         # deep residual streams start tame.
         narrow, deep = D**-0.5, (2 * config.layers) ** -0.5
         self.attention_norm = nnx.Param(jnp.ones(D, dtype), dims=("model",))
-        self.q = _normal(rngs, (D, N), narrow, dtype, ("model", "heads"))
-        self.k = _normal(rngs, (D, K), narrow, dtype, ("model", "kv_heads"))
-        self.v = _normal(rngs, (D, K), narrow, dtype, ("model", "kv_heads"))
-        self.o = _normal(rngs, (N, D), deep * N**-0.5, dtype, ("heads", "model"))
+        self.q = normal(rngs, (D, N), narrow, dtype, ("model", "heads"))
+        self.k = normal(rngs, (D, K), narrow, dtype, ("model", "kv_heads"))
+        self.v = normal(rngs, (D, K), narrow, dtype, ("model", "kv_heads"))
+        self.o = normal(rngs, (N, D), deep * N**-0.5, dtype, ("heads", "model"))
         self.mlp_norm = nnx.Param(jnp.ones(D, dtype), dims=("model",))
-        self.gate = _normal(rngs, (D, F), narrow, dtype, ("model", "mlp"))
-        self.up = _normal(rngs, (D, F), narrow, dtype, ("model", "mlp"))
-        self.down = _normal(rngs, (F, D), deep * F**-0.5, dtype, ("mlp", "model"))
+        self.gate = normal(rngs, (D, F), narrow, dtype, ("model", "mlp"))
+        self.up = normal(rngs, (D, F), narrow, dtype, ("model", "mlp"))
+        self.down = normal(rngs, (F, D), deep * F**-0.5, dtype, ("mlp", "model"))
         self.head_dim, self.group, self.epsilon = H, config.heads // config.kv_heads, config.norm_epsilon
 
     def __call__(
@@ -152,29 +95,37 @@ class Block(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         shards: Shards = WHOLE,
         save: Callable[[str, jax.Array], jax.Array] = keep,
+        tap: Callable[[str, jax.Array, jax.Array], jax.Array] = plain,
     ) -> jax.Array:
-        """x (b, t, D) -> (b, t, D). `save(name, value)` sees each activation named in SAVED and returns it."""
-        weight = lambda param: param[...].astype(x.dtype)  # noqa: E731
+        """x (b, t, D) -> (b, t, D). `save(name, value)` sees each activation named in SAVED and returns it, and
+        `tap(name, input, product)` each product named in PRODUCTS, before any sum over the slices."""
         b, t, _ = x.shape
         heads = lambda y: y.reshape(b, t, -1, self.head_dim)  # noqa: E731
+        times = lambda name, y: tap(name, y, self.product(name, y, shards))  # noqa: E731
 
         h = shards.enter(rms_norm(x, self.attention_norm[...], self.epsilon))
-        q = rotate(heads(save("q", h @ weight(self.q))), rope)
-        k = rotate(heads(save("k", h @ self._own_kv(weight(self.k), q.shape[2], shards))), rope)
-        v = heads(save("v", h @ self._own_kv(weight(self.v), q.shape[2], shards)))
+        q = rotate(heads(save("q", times("q", h))), rope)
+        k = rotate(heads(save("k", times("k", h))), rope)
+        v = heads(save("v", times("v", h)))
         scores = save("scores", attention_scores(q.reshape(b, t, k.shape[2], -1, self.head_dim), k))
         mixed = jnp.einsum("bkgts,bskh->btkgh", causal_softmax(scores), v).reshape(b, t, -1)
-        x = save("residual", x + shards.sum(save("attention", mixed) @ weight(self.o)))
+        x = save("residual", x + shards.sum(times("o", save("attention", mixed))))
 
         h = shards.enter(rms_norm(x, self.mlp_norm[...], self.epsilon))
-        hidden = jax.nn.silu(save("gate", h @ weight(self.gate))) * save("up", h @ weight(self.up))
-        return x + shards.sum(hidden @ weight(self.down))
+        hidden = jax.nn.silu(save("gate", times("gate", h))) * save("up", times("up", h))
+        return x + shards.sum(times("down", hidden))
 
-    def _own_kv(self, weight: jax.Array, query_heads: int, shards: Shards) -> jax.Array:
+    def product(self, name: str, x: jax.Array, shards: Shards = WHOLE) -> jax.Array:
+        """x (b, t, in) times the weight of that name: (b, t, out)."""
+        weight = getattr(self, name)[...].astype(x.dtype)
+        return x @ (self._own_kv(weight, shards) if name in ("k", "v") else weight)
+
+    def _own_kv(self, weight: jax.Array, shards: Shards) -> jax.Array:
         """The key or value columns (D, k*H) that the query heads held here attend with.
 
         With fewer key/value heads than slices every slice holds them all, and takes the one that it shares.
         """
+        query_heads = self.q[...].shape[1] // self.head_dim
         needed = max(1, query_heads // self.group) * self.head_dim
         if weight.shape[1] == needed:
             return weight
@@ -191,12 +142,12 @@ class Llama(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, vocab: int | None = None, rngs: nnx.Rngs):
         V, D = vocab or config.vocab, config.d_model
         self.config = config
-        self.embed = _normal(rngs, (V, D), D**-0.5, dtype, ("vocab", "model"))
+        self.embed = normal(rngs, (V, D), D**-0.5, dtype, ("vocab", "model"))
         block = lambda key: Block(config, dtype=dtype, rngs=nnx.Rngs(key))  # noqa: E731
         self.layers = jax.vmap(block)(jax.random.split(rngs.params(), config.layers))
         self.final_norm = nnx.Param(jnp.ones(D, dtype), dims=("model",))
         if not config.tied:
-            self.head = _normal(rngs, (D, V), 0.02, dtype, ("model", "vocab"))
+            self.head = normal(rngs, (D, V), 0.02, dtype, ("model", "vocab"))
 
     def __call__(self, tokens: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
         """tokens (b, t) int -> logits (b, t, V) in `dtype`, the dtype of the activations."""

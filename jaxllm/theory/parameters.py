@@ -1,95 +1,134 @@
-"""The weights of a Llama and how many elements of each a device holds: Psi and its division.
+"""The weights of a model and how many elements of each a device holds: Psi and its division.
 
-Each weight is a model dim D times another dim X (1 for a norm). Tensor parallelism slices X where it runs over heads,
-feed-forward or vocabulary; ZeRO slices the first dim of the array that divides. Which of the two it is changes no count.
+Tensor parallelism slices a dim that runs over heads, feed-forward or vocabulary; ZeRO slices the first dim of the array
+that divides. Which of the dims it is changes no count.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from jaxllm.theory.symbols import Symbols, pick
-
+from jaxllm.theory.products import Product, products
+from jaxllm.theory.symbols import Symbols
 
 # The weights outside the stack of layers.
-OUTER = ("embed", "final_norm", "head")
+OUTER = ("embed", "positions", "final_norm", "final_norm_bias", "head")
 
 
 @dataclass(frozen=True)
 class Weight:
     """One weight, all its layers together. Elements are counted per layer.
 
-    whole    elements in the gathered weight of one tensor rank, one layer: D X / t
-    logical  the same without the padding of the vocabulary, times layers
+    layers   how many a device needs, and held: how many it has room for, which in a pipeline may be more
+    uses     how many times each microbatch uses one: the layers; of an embedding that is the head too, both
+    whole    elements in the gathered weight of one tensor rank, one layer
+    logical  the same without the padding of the vocabulary, in elements times ways
     parts    devices that ZeRO slices it over: n where a dim divides, else 1
     sliced   tensor parallelism slices it
     shared   every tensor rank holds all of it and adds to its gradient: key/value weights with K < t
+    again    1 where the backward pass uses it too, else 0: a bias serves only to compute again what it is added to
     """
 
     name: str
     formula: str  # of `whole`, in symbols; V' is the padded vocabulary
-    layers: int
+    layers: Any
+    held: Any
+    uses: Any
     whole: Any
     logical: Any
     parts: Any
     sliced: bool
     shared: Any
+    again: Any = 1
 
     @property
     def elements(self) -> Any:
-        """Elements of one tensor rank, all layers, before ZeRO."""
-        return self.layers * self.whole
+        """Elements that one tensor rank has room for, all layers, before ZeRO."""
+        return self.held * self.whole
+
+    @property
+    def stacked(self) -> bool:
+        """Whether each layer has one."""
+        return self.name not in OUTER
 
 
 def weights(s: Symbols) -> tuple[Weight, ...]:
     """All weights of the model, in the order in which a token meets them."""
-    shared = s.K % s.t != 0
-    kv = np.where(shared, 1, s.t)
-    kv_formula = pick(shared, "D K H", "D K H/t")
     padded = -(-s.V // s.t) * s.t
-    table = [
-        _weight(s, "embed", "D V'/t", 1, padded, s.t, s.V, sliced=True),
-        _weight(s, "attention_norm", "D", s.L, 1, 1),
-        _weight(s, "q", "D N H/t", s.L, s.N * s.H, s.t, sliced=True),
-        _weight(s, "k", kv_formula, s.L, s.K * s.H, kv, sliced=True, shared=shared),
-        _weight(s, "v", kv_formula, s.L, s.K * s.H, kv, sliced=True, shared=shared),
-        _weight(s, "o", "D N H/t", s.L, s.N * s.H, s.t, sliced=True),
-        _weight(s, "mlp_norm", "D", s.L, 1, 1),
-        _weight(s, "gate", "D F/t", s.L, s.F, s.t, sliced=True),
-        _weight(s, "up", "D F/t", s.L, s.F, s.t, sliced=True),
-        _weight(s, "down", "D F/t", s.L, s.F, s.t, sliced=True),
-        _weight(s, "final_norm", "D", 1, 1, 1),
-    ]
+    vocabulary = Dim(padded, s.t, s.V)
+    model = Dim(s.D)
+    # A tied embedding is the head too: on both ends of a pipeline, which one stage may have.
+    end = np.maximum(s.first, s.last) if s.tied else s.first
+    table = [_weight(s, "embed", "D V'/t", end, model, vocabulary, sliced=True)]
+    if s.tied:  # without a pipeline one gather serves both ends of a microbatch
+        table = [replace(table[0], uses=np.where(s.pipe > 1, s.first + s.last, 1))]
+    if s.family == "gpt":
+        table.append(_weight(s, "positions", "P D", s.first, Dim(s.P), model))
+    table += _norm(s, "attention_norm", s.L)
+    for product in products(s):
+        table += _matrix(s, product)
+        if product.name == "o":
+            table += _norm(s, "mlp_norm", s.L)
+    table += _norm(s, "final_norm", s.last)
     if not s.tied:
-        table.append(_weight(s, "head", "D V'/t", 1, padded, s.t, s.V, sliced=True))
+        table.append(_weight(s, "head", "D V'/t", s.last, model, vocabulary, sliced=True))
     return tuple(table)
 
 
+@dataclass(frozen=True)
+class Dim:
+    """A dim of a weight, the ways in which tensor parallelism slices it, and its size without padding, where it has some."""
+
+    size: Any
+    ways: Any = 1
+    logical: Any = None
+
+
+def _norm(s: Symbols, name: str, layers: Any) -> list[Weight]:
+    """RMSNorm has a scale, LayerNorm a bias too."""
+    names = (name, f"{name}_bias") if s.family == "gpt" else (name,)
+    return [_weight(s, each, "D", layers, Dim(s.D)) for each in names]
+
+
+def _matrix(s: Symbols, product: Product) -> list[Weight]:
+    """A product's weight, and its bias: sliced with the columns, or whole and added behind the sum."""
+    other = Dim(product.other, product.ways)
+    found = [
+        _weight(
+            s, product.name, f"D {product.held}", s.L, Dim(s.D), other, sliced=True, shared=product.shared
+        )
+    ]
+    if s.family == "gpt":
+        dim, formula = (other, product.held) if product.column else (Dim(s.D), "D")
+        bias = _weight(s, f"{product.name}_bias", formula, s.L, dim, sliced=product.column)
+        # The output of `down` is never computed again, and with remat=none no product is.
+        found.append(replace(bias, again=0 if product.name == "down" else s.full))
+    return found
+
+
 def _weight(
-    s: Symbols,
-    name: str,
-    formula: str,
-    layers: int,
-    other: Any,
-    ways: Any,
-    logical: Any = None,
-    *,
-    sliced: bool = False,
-    shared: Any = False,
+    s: Symbols, name: str, formula: str, layers: Any, *dims: Dim, sliced: bool = False, shared: Any = False
 ) -> Weight:
-    local = other // ways
-    parts = np.where(s.D % s.n == 0, s.n, np.where((np.asarray(other) > 1) & (local % s.n == 0), s.n, 1))
+    whole, logical, ways, divides = 1, 1, 1, False
+    for dim in dims:
+        local = dim.size // dim.ways
+        whole = whole * local
+        logical = logical * (dim.size if dim.logical is None else dim.logical)
+        ways = ways * dim.ways
+        divides = divides | (local % s.n == 0)
     return Weight(
         name=name,
         formula=formula,
         layers=layers,
-        whole=s.D * local,
+        held=1 if name in OUTER else s.R,
+        uses=layers,
+        whole=whole,
         # In elements times ways, to be divided last: a padded slice has a fractional share of real rows.
-        logical=(layers * s.D * (other if logical is None else logical), ways),
-        parts=parts,
+        logical=(logical, ways),
+        parts=np.where(divides, s.n, 1),
         sliced=sliced,
         shared=shared,
     )

@@ -79,16 +79,3 @@ def forward(config, parameters, tokens):
         x = x + (gate / (1 + np.exp(-gate)) * (h @ w["up"])) @ w["down"]
     x = rms_norm(x, np.asarray(parameters["final_norm"], np.float64), config.norm_epsilon)
     return x @ (embed.T if config.tied else np.asarray(parameters["head"], np.float64))
-
-
-def loss(config, parameters, tokens, targets):
-    """Mean of -log softmax over the targets that are not negative, in nats."""
-    logits = forward(config, parameters, tokens)
-    total, count = 0.0, 0
-    for index in np.ndindex(*np.shape(targets)):
-        target = targets[index]
-        if target >= 0:
-            row = logits[index]
-            total += row.max() + math.log(np.exp(row - row.max()).sum()) - row[target]
-            count += 1
-    return total / count

@@ -26,7 +26,28 @@ PUBLISHED = {
     "llama-3.1-405b": 405853388800,
     "llama-3.2-1b": 1235814400,
     "llama-3.2-3b": 3212749824,
+    "gpt2": 124439808,  # openai-community/gpt2
 }
+
+# Layers, width, heads and parameters in billions, of Table 1 of Narayanan et al. 2021 and Table 3 of Korthikanti et al.
+# 2022, which has the layers and widths of the last two from Table 1.
+MEGATRON = {
+    "megatron-1.7b": (24, 2304, 24, 1.7),
+    "megatron-3.6b": (30, 3072, 32, 3.6),
+    "megatron-7.5b": (36, 4096, 32, 7.5),
+    "megatron-18.4b": (40, 6144, 48, 18.4),
+    "megatron-39.1b": (48, 8192, 64, 39.1),
+    "megatron-76.1b": (60, 10240, 80, 76.1),
+    "megatron-145.6b": (80, 12288, 96, 145.6),
+    "megatron-310.1b": (96, 16384, 128, 310.1),
+    "megatron-529.6b": (105, 20480, 128, 529.6),
+    "megatron-1008b": (128, 25600, 160, 1008.0),
+    "megatron-22b": (48, 6144, 64, 22.1),
+    "megatron-175b": (96, 12288, 96, 174.6),
+    "megatron-530b": (105, 20480, 128, 529.6),
+    "megatron-1t": (128, 25600, 160, 1008.0),
+}
+TINY = {"llama-tiny", "gpt-tiny"}
 
 LLAMA_1_33B = {
     "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
@@ -75,6 +96,16 @@ LLAMA_3_1_405B = {
 }  # fmt: skip
 
 
+GPT_2 = {
+    "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 50256,
+    "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
+    "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
+    "summary_type": "cls_index", "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "vocab_size": 50257,
+}  # fmt: skip
+
+
 def load(tmp_path, config, name="config.json"):
     path = tmp_path / name
     path.write_text(config if isinstance(config, str) else json.dumps(config))
@@ -104,7 +135,7 @@ def test_parameter_counts_are_the_published_ones(name, count):
 
 
 def test_every_published_size_and_nothing_else_is_a_preset():
-    assert set(ModelConfig.presets()) == {*PUBLISHED, "llama-tiny"}
+    assert set(ModelConfig.presets()) == {*PUBLISHED, *MEGATRON, *TINY, "gpt3-175b"}
     assert all(model.name == name and model.source for name, model in ModelConfig.presets().items())
 
 
@@ -129,6 +160,56 @@ def test_what_a_family_shares(family, context, theta, epsilon, factor):
             assert model.rope_scaling is None
         else:
             assert model.rope_scaling == RopeScaling(factor, 1, 4, 8192)
+
+
+@pytest.mark.parametrize(("name", "figures"), MEGATRON.items())
+def test_the_papers_tables_and_their_counts(name, figures):
+    model = ModelConfig.load(name)
+    layers, width, heads, billions = figures
+    assert (model.layers, model.d_model, model.heads) == (layers, width, heads)
+    assert (model.vocab, model.max_sequence) == (51200, 2048)
+    assert round(model.parameters / 1e9, 1) == billions
+    # Narayanan et al. 2021, equation 2: 12 l h^2 (1 + 13/(12 h) + (V + s)/(12 l h)). It leaves out the last LayerNorm.
+    equation_2 = 12 * layers * width**2 + 13 * layers * width + (51200 + 2048) * width
+    assert model.parameters == equation_2 + 2 * width
+
+
+def test_gpt3_is_counted_with_its_padded_vocabulary():
+    model = ModelConfig.load("gpt3-175b")
+    # 174,604,259,328 with GPT-2's 50,257 entries, as added up from the shapes
+    assert model.parameters == 174604259328 + (51200 - 50257) * 12288
+    assert dataclasses.replace(model, vocab=50257).parameters == 174604259328
+    twin = ModelConfig.load("megatron-175b")
+    assert figures(twin) == figures(model)
+
+
+def test_every_gpt_has_the_shape_that_all_of_them_have():
+    models = [model for model in ModelConfig.presets().values() if model.family == "gpt"]
+    assert len(models) == 2 + len(MEGATRON) + 1
+    for model in models:
+        assert model.heads * model.head_dim == model.d_model and model.kv_heads == model.heads
+        assert model.d_ff == 4 * model.d_model and model.tied
+        assert model.rope_theta is None and model.rope_scaling is None
+        assert not [figure for figure, _, _ in model.describe() if "rotary" in figure]
+        assert not {"rope_theta", "rope_scaling"} & set(model.to_json())
+
+
+def test_the_tiny_gpt_divides_by_sixteen():
+    tiny = ModelConfig.load("gpt-tiny")
+    assert all(figure % 16 == 0 for figure in (tiny.layers, tiny.heads, tiny.d_model, tiny.d_ff, tiny.vocab))
+    assert (tiny.head_dim, tiny.max_sequence) == (8, 4096)
+
+
+def test_the_parameter_table_of_a_gpt_counts_each_array():
+    assert ModelConfig.load("gpt2").parameter_table() == {
+        "embed": 50257 * 768, "positions": 1024 * 768, "attention_norm": 12 * 768, "attention_norm_bias": 12 * 768,
+        "q": 12 * 768 * 768, "q_bias": 12 * 768, "k": 12 * 768 * 768, "k_bias": 12 * 768, "v": 12 * 768 * 768,
+        "v_bias": 12 * 768, "o": 12 * 768 * 768, "o_bias": 12 * 768, "mlp_norm": 12 * 768, "mlp_norm_bias": 12 * 768,
+        "up": 12 * 768 * 3072, "up_bias": 12 * 3072, "down": 12 * 3072 * 768, "down_bias": 12 * 768,
+        "final_norm": 768, "final_norm_bias": 768,
+    }  # fmt: skip
+    untied = dataclasses.replace(ModelConfig.load("gpt-tiny"), tied=False)
+    assert untied.parameter_table()["head"] == 128 * 512
 
 
 def test_the_tiny_model_divides_by_sixteen_and_groups_its_queries():
@@ -166,7 +247,7 @@ def test_models_describe_themselves_with_sources_and_as_json():
     [
         ("llama-3-8", "did you mean 'llama-3-8b'?"),
         ("Llama-3.1-405B", "did you mean 'llama-3.1-405b'?"),
-        ("", "known: llama-1-13b"),
+        ("", "jaxllm models lists what is known"),
         ("no/such/config.json", "there is no file 'no/such/config.json'"),
         ("config.jsn.json", "there is no file"),
     ],
@@ -207,6 +288,22 @@ def test_figures_are_checked_where_a_model_is_made(change, says):
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"family": "gtp"}, "family='gtp' is unknown; did you mean 'gpt'?"),
+        ({"kv_heads": 8}, "kv_heads=8 is not heads=16"),
+        ({"rope_theta": 1e4}, "rotary positions are not a GPT's"),
+        ({"family": "llama"}, "rope_theta=None"),
+        ({"d_ff": 0}, "d_ff=0"),
+    ],
+)
+def test_figures_of_a_gpt_are_checked_where_it_is_made(change, says):
+    with pytest.raises(SpecError, match=r"^model 'gpt-tiny': ") as error:
+        dataclasses.replace(ModelConfig.load("gpt-tiny"), **change)
+    assert says in str(error.value)
+
+
 @pytest.mark.parametrize("wrong", [(0.5, 1, 4, 8192), (8, 4, 4, 8192), (8, 1, 4, 0), (8, -1, 4, 8192), (8, 1, True, 1)])
 def test_rope_scaling_is_checked(wrong):
     with pytest.raises(SpecError, match="rope scaling"):
@@ -224,6 +321,7 @@ def test_rope_scaling_is_checked(wrong):
         (LLAMA_3_8B, "llama-3-8b"),
         (LLAMA_3_1_405B, "llama-3.1-405b"),
         (LLAMA_3_2_3B, "llama-3.2-3b"),
+        (GPT_2, "gpt2"),
     ],
 )
 def test_a_published_config_gives_the_preset(tmp_path, config, preset):
@@ -260,6 +358,29 @@ def test_defaults_are_those_of_the_format(tmp_path):
     assert figures(explicit) == figures(model)
 
 
+def test_defaults_of_a_gpt_are_those_of_the_format(tmp_path):
+    needed = ("model_type", "n_layer", "n_embd", "n_head", "n_positions", "vocab_size")
+    model = load(tmp_path, {key: GPT_2[key] for key in needed})
+    assert figures(model) == figures(ModelConfig.load("gpt2"))
+    other = load(tmp_path, GPT_2 | {"n_inner": 2048, "tie_word_embeddings": False, "layer_norm_epsilon": 1e-6})
+    assert (other.d_ff, other.tied, other.norm_epsilon) == (2048, False, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rates", "says"),
+    [
+        ({}, "dropout of 0.1 is not built"),
+        ({"attn_pdrop": 0.0}, "dropout of resid_pdrop 0.1, embd_pdrop 0.1, attn_pdrop 0 is not built"),
+        ({"attn_pdrop": 0, "resid_pdrop": 0.0, "embd_pdrop": 0}, ""),
+    ],
+)
+def test_dropout_is_never_left_out_in_silence(tmp_path, rates, says):
+    model = load(tmp_path, GPT_2 | rates)
+    assert model.note.startswith(says) and bool(model.note) == bool(says)
+    assert [value for figure, value, _ in model.describe() if figure == "note"] == ([model.note] if says else [])
+    assert model.to_json()["note"] == model.note
+
+
 def test_head_dim_need_not_divide_the_width(tmp_path):
     config = LLAMA_3_8B | {"hidden_size": 5120, "num_attention_heads": 32, "head_dim": 128}
     assert load(tmp_path, config).parameter_table()["q"] == 32 * 5120 * 4096
@@ -283,7 +404,8 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_type": "mistral"}, "model_type='mistral' is not of the Llama family"),
+        ({"model_type": "mistral"}, "model_type='mistral' is neither a Llama nor a GPT-2; give a config of model_type "),
+        ({"model_type": ["llama"]}, "model_type=['llama'] is neither"),
         ({"model_type": None}, "model_type=None"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures="),
         ({"attention_bias": True}, "attention_bias=true is not supported; it has to be false"),
@@ -330,6 +452,34 @@ def test_what_is_neither_supported_nor_harmless_is_refused(tmp_path, change, say
 
 
 @pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"architectures": ["GPT2ForSequenceClassification"]}, "architectures="),
+        ({"activation_function": "gelu"}, 'activation_function="gelu" is not supported; it has to be "gelu_new"'),
+        ({"scale_attn_weights": False}, "scale_attn_weights=false is not supported; it has to be true"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true"),
+        ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=true"),
+        ({"add_cross_attention": True}, "add_cross_attention=true"),
+        ({"n_ctx": 2048}, "n_ctx=2048 is not n_positions=1024"),
+        ({"n_ctx": None}, "n_ctx=null is not n_positions=1024"),
+        ({"n_head": 7}, "n_embd=768 is no multiple of n_head=7"),
+        ({"n_inner": 0}, "n_inner=0"),
+        ({"n_embd": None}, "n_embd missing; a GPT-2 config gives all of n_layer"),
+        ({"n_layer": 12.0}, "n_layer=12.0"),
+        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon=0"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings=1 is neither true nor false"),
+        ({"attn_pdrop": 1}, "attn_pdrop=1 is not a rate of dropout from 0 to below 1"),
+        ({"resid_pdrop": "0.1"}, 'resid_pdrop="0.1" is not a rate'),
+        ({"embd_pdrop": True}, "embd_pdrop=true is not a rate"),
+        ({"hidden_size": 768}, "'hidden_size' is not supported"),
+        ({"n_postions": 1024}, "did you mean 'n_positions'?"),
+    ],
+)  # fmt: skip
+def test_what_is_not_a_plain_gpt_is_refused(tmp_path, change, says):
+    refused(tmp_path, GPT_2 | change, says, "config")
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
         (json.dumps(LLAMA_3_8B)[:300], "may be cut short"),
@@ -358,11 +508,13 @@ values = st.recursive(
 )
 
 
+@pytest.mark.parametrize("config", [LLAMA_3_2_3B, GPT_2], ids=["llama", "gpt"])
 @settings(deadline=None)
-@given(st.dictionaries(st.sampled_from(sorted(LLAMA_3_2_3B)), values, min_size=1, max_size=2))
-def test_wrong_values_raise_nothing_but_spec_error(tmp_path_factory, change):
+@given(st.data())
+def test_wrong_values_raise_nothing_but_spec_error(tmp_path_factory, config, data):
+    change = data.draw(st.dictionaries(st.sampled_from(sorted(config)), values, min_size=1, max_size=2))
     path = tmp_path_factory.getbasetemp() / "wrong-values.json"
-    path.write_text(json.dumps(LLAMA_3_2_3B | change))
+    path.write_text(json.dumps(config | change))
     try:
         assert ModelConfig.load(path).parameters > 0
     except SpecError as error:
