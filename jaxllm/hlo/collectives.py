@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxllm.hlo.flops import describe_loops, tail
 from jaxllm.hlo.graph import PASSES, Computation, Instruction, Module, Shape
-from jaxllm.hlo.groups import UNKNOWN, axes_of, axes_of_pairs, groups_of
+from jaxllm.hlo.groups import UNKNOWN, axes_of, axes_of_pairs, groups_of, pairs_of
 from jaxllm.hlo.loops import Context, Executions
 from jaxllm.hlo.phases import phase_of
 from jaxllm.hlo.rules import all_reduce_then_slice
@@ -19,8 +19,10 @@ KINDS = {
     "all-reduce": "all-reduce",
     "all-to-all": "all-to-all",
     "collective-permute": "permute",
+    "ragged-all-to-all": "ragged-all-to-all",
+    "collective-broadcast": "broadcast",
+    "send": "send",
 }
-_UNCOUNTED = ("ragged-all-to-all", "collective-broadcast", "send")
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,18 @@ def kind_of(instruction: Instruction) -> str:
     return KINDS.get(instruction.opcode.removesuffix("-start"), "")
 
 
+def collectives(module: Module) -> list[tuple[Computation, Instruction]]:
+    """Every collective of a module, and the start of each that is asynchronous."""
+    opcodes = [opcode for opcode in module.by_opcode if opcode.removesuffix("-start") in KINDS]
+    return [place for opcode in opcodes for place in module.by_opcode[opcode]]
+
+
 def axes_and_ranks(instruction: Instruction, axes: dict[str, int]) -> tuple[tuple[str, ...], int]:
     """The mesh axes of a collective, () when it moves nothing, and the size of its groups."""
     named = tuple(axes.items())
-    if kind_of(instruction) == "permute":
-        pairs = tuple((pair.source, pair.target) for pair in instruction.proto.source_target_pairs)
-        return axes_of_pairs(pairs, named), 2
+    if kind_of(instruction) in ("permute", "send"):
+        pairs = pairs_of(instruction)
+        return (axes_of_pairs(pairs, named) if pairs else UNKNOWN), 2
     devices = 1
     for degree in axes.values():
         devices *= degree
@@ -67,15 +75,48 @@ def parts_of(
     if not names:
         return
     operands = computation.operands(instruction)
-    if kind == "permute":
-        operands = operands[:1]  # the others are buffers and offsets
+    if kind in ("send", "ragged-all-to-all") or (kind == "permute" and _in_place(operands)):
+        operands = operands[:1]  # the others are buffers, offsets and tokens
     arrays = [piece for operand in operands for piece in _pieces(module, computation, operand)]
     own = phase_of(context.op_name(instruction))
     for home, array in arrays:
-        producer = _phase_of_producer(home, array, context)
+        producer = _phase_of_producer(module, home, array, context)
         phase = (producer or own) if len(arrays) > 1 else (own or producer)
         payload = array.shape.bytes * ranks if kind == "all-gather" else array.shape.bytes
         yield Part(kind, names, ranks, phase, array.shape.leaves[0].dtype, payload, array.shape)
+
+
+def _in_place(operands: list[Instruction]) -> bool:
+    """Whether a permute is given where to read and write as numbers, behind its input and its output."""
+    return len(operands) == 4 and all(not leaf.dims for operand in operands[2:] for leaf in operand.shape.leaves)
+
+
+def emitted_parts(
+    module: Module, runs: Executions, axes: dict[str, int]
+) -> Iterator[tuple[Computation, Instruction, Context, Part]]:
+    """The parts of every collective of an optimized module, in each context in which it runs: one that XLA:TPU spreads
+    over several fusions once, and the all-reduce in a fusion that scatters its result as the reduce-scatter that it is.
+    """
+    chains = set()
+    for computation, instruction in collectives(module):
+        scatters = "all-reduce-scatter" in computation.name  # a TPU's reduce-scatter is a fusion of this name
+        for context in runs.of(computation):
+            chain = (chain_of(computation, instruction), context.trips)
+            if chain[0] and chain in chains:
+                continue
+            chains.add(chain)
+            for part in parts_of(module, computation, instruction, context, axes):
+                yield computation, instruction, context, (
+                    replace(part, kind="reduce-scatter") if scatters and part.kind == "all-reduce" else part
+                )
+
+
+def chain_of(computation: Computation, instruction: Instruction) -> str:
+    """What the copies of one collective share that XLA:TPU spreads over several fusions, to overlap it with them: its
+    start, the computations beside it, and its end each hold one. "" for a collective that stands once."""
+    if not ("fused_computation" in computation.name or "async_collective_fusion" in computation.name):
+        return ""
+    return next((pair.value for pair in instruction.proto.frontend_attributes.map if pair.key == "chain_id"), "")
 
 
 def _pieces(module: Module, computation: Computation, operand: Instruction) -> list[tuple[Computation, Instruction]]:
@@ -101,13 +142,30 @@ def _from_outside(
     return computation, computation.operand(fusion, given.proto.parameter_number)
 
 
-def _phase_of_producer(computation: Computation, operand: Instruction, context: Context) -> str:
+def _phase_of_producer(module: Module, computation: Computation, operand: Instruction, context: Context) -> str:
     for _ in range(8):  # as far as a compiler's own copies, bitcasts and fusions go
         phase = phase_of(context.op_name(operand))
-        if phase or not operand.operand_ids:
+        producer = produced_by(module, computation, operand)
+        if phase or producer is None:
             return phase
-        operand = computation.operand(operand)
+        computation, operand = producer
     return ""
+
+
+def produced_by(
+    module: Module, computation: Computation, instruction: Instruction
+) -> tuple[Computation, Instruction] | None:
+    """What makes the first operand of an instruction; of a parameter of what runs asynchronously, what was given for it."""
+    if instruction.opcode == "parameter" and computation.id in module.asynchronous:
+        outer, start = module.asynchronous[computation.id]
+        number = instruction.proto.parameter_number
+        return (outer, outer.operand(start, number)) if number < len(start.operand_ids) else None
+    return (computation, computation.operand(instruction)) if instruction.operand_ids else None
+
+
+def start_of(module: Module, computation: Computation, instruction: Instruction) -> Instruction:
+    """What starts an instruction that runs asynchronously, by whose name a text knows it; else the instruction."""
+    return module.asynchronous[computation.id][1] if computation.id in module.asynchronous else instruction
 
 
 def collective_lines(
@@ -115,11 +173,7 @@ def collective_lines(
 ) -> tuple[tuple[Line, ...], tuple[str, ...]]:
     """A line for each kind, axes, phase and dtype, and what could not be placed. Groups of one device are dropped."""
     lines, unexplained = [], []
-    for computation, instruction in module.instructions():
-        if instruction.opcode in _UNCOUNTED:
-            unexplained.append(f"{instruction.opcode} {instruction.name} ({module.source(instruction)}): not counted")
-        if not kind_of(instruction):
-            continue
+    for computation, instruction in collectives(module):
         for context in runs.of(computation):
             for part in parts_of(module, computation, instruction, context, axes):
                 line = _line(module, computation, instruction, context, part)
@@ -135,7 +189,7 @@ def collective_lines(
 def _line(module: Module, computation: Computation, instruction: Instruction, context: Context, part: Part) -> Line:
     value = part.payload * context.count
     rules: tuple[Rule, ...] = ()
-    if part.kind == "all-reduce" and all_reduce_then_slice(computation, instruction):
+    if part.kind == "all-reduce" and all_reduce_then_slice(module, computation, instruction):
         why = "an all-reduce of which each device keeps a slice stands for a reduce-scatter"
         rules = (Rule("all-reduce+slice", value, why),)
     detail = f"{part.shape} over {'+'.join(part.axes)}{describe_loops(context)}  {tail(context.op_name(instruction))}"

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 
-from jaxllm.hlo.collectives import kind_of, parts_of
-from jaxllm.hlo.graph import Computation, Instruction, Module
+from jaxllm.hlo.collectives import emitted_parts
+from jaxllm.hlo.graph import Module
 from jaxllm.hlo.loops import Executions
 from jaxllm.hlo.rules import cpu_f32_promotion
 from jaxllm.spec.ledger import Line
@@ -21,28 +21,9 @@ Key = tuple[str, tuple[str, ...], str, str]  # kind, axes, phase, dtype
 def emitted_payload(module: Module, runs: Executions, axes: dict[str, int]) -> dict[Key, int]:
     """Payload bytes per device and step of the optimized module by (kind, axes, phase, dtype)."""
     payload: dict[Key, int] = defaultdict(int)
-    chains = set()
-    for computation, instruction in module.instructions():
-        if not kind_of(instruction):
-            continue
-        scatters = "all-reduce-scatter" in computation.name  # a TPU's reduce-scatter is a fusion of this name
-        for context in runs.of(computation):
-            chain = (_chain(computation, instruction), context.trips)
-            if chain[0] and chain in chains:
-                continue
-            chains.add(chain)
-            for part in parts_of(module, computation, instruction, context, axes):
-                kind = "reduce-scatter" if scatters and part.kind == "all-reduce" else part.kind
-                payload[kind, part.axes, part.phase, part.dtype] += part.payload * context.count
+    for _, _, context, part in emitted_parts(module, runs, axes):
+        payload[part.kind, part.axes, part.phase, part.dtype] += part.payload * context.count
     return dict(payload)
-
-
-def _chain(computation: Computation, instruction: Instruction) -> str:
-    """What the copies of one collective share that XLA:TPU spreads over several fusions, to overlap it with them: its
-    start, the computations beside it, and its end each hold one. "" for a collective that stands once."""
-    if not ("fused_computation" in computation.name or "async_collective_fusion" in computation.name):
-        return ""
-    return next((pair.value for pair in instruction.proto.frontend_attributes.map if pair.key == "chain_id"), "")
 
 
 def put_beside(
@@ -54,6 +35,7 @@ def put_beside(
     for line in lines:
         key = (line.name, line.axes, line.phase, line.dtype)
         matched.append(replace(line, emitted=left.pop(key, 0)))
+    matched = _without_phase(matched, left)
     if target == "cpu":
         matched = cpu_f32_promotion(matched, left)
     missing = [line for line in matched if line.emitted != line.value]
@@ -66,3 +48,19 @@ def put_beside(
             f"{f' in {phase}' if phase else ', phase unknown'}{instead}"
         )
     return tuple(matched), tuple(notes)
+
+
+def _without_phase(lines: list[Line], left: dict[Key, int]) -> list[Line]:
+    """The lines, of which one is all that a collective without a phase can be: a backend that makes a new instruction of
+    an old one may lose its name."""
+    placed = list(lines)
+    for key in [key for key in left if not key[2]]:
+        kind, over, _, dtype = key
+        same = [
+            number
+            for number, line in enumerate(placed)
+            if (line.name, line.axes, line.dtype, line.emitted, line.value) == (kind, over, dtype, 0, left[key])
+        ]
+        if len(same) == 1:
+            placed[same[0]] = replace(placed[same[0]], emitted=left.pop(key))
+    return placed

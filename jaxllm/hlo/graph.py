@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from pathlib import Path
+from posixpath import basename
 from typing import Any
 
 from jaxllm.spec.ledger import DTYPE_BYTES
@@ -22,7 +22,9 @@ ELEMENT_TYPES = {
 _TUPLE = 13
 _MORE_BITS = {"c64": 64, "c128": 128, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "s1": 1, "u1": 1, "f4e2m1fn": 4}
 
-_LIBRARIES = re.compile(r"/site-packages/(jax|flax|optax)/")  # whose lines are not the program's
+Alias = tuple[tuple[int, ...], int, tuple[int, ...]]
+
+LIBRARIES = re.compile(r"/site-packages/(jax|flax|optax)/|/jaxllm/inspection\.py$")  # whose lines are not the program's
 
 # Instructions that hand an array on without computing on its values.
 PASSES = frozenset({"bitcast", "copy", "copy-start", "copy-done", "convert", "reshape", "opt-barrier"})
@@ -98,9 +100,12 @@ def read_shape(proto: Any) -> Shape:
     )
 
 
-@dataclass(frozen=True, eq=False)
 class Instruction:
-    """One instruction. `proto` holds the fields that only a few opcodes have."""
+    """One instruction. `proto` holds the fields that only a few opcodes have, as an HloInstructionProto.
+
+    Not a dataclass, because a large module has half a million of them: what reads a module settles what each needs at
+    once, and the rest when it is asked for.
+    """
 
     id: int
     name: str
@@ -108,16 +113,34 @@ class Instruction:
     op_name: str
     operand_ids: tuple[int, ...]
     called_ids: tuple[int, ...]
-    proto: Any = field(repr=False)
+    shape: Shape
+    proto: Any
+
+    def __repr__(self) -> str:
+        return f"{self.name} = {self.shape} {self.opcode}"
+
+
+class _Read(Instruction):
+    """An instruction of a module that came as a proto."""
+
+    def __init__(self, proto: Any) -> None:
+        self.id = proto.id
+        self.name = proto.name
+        self.opcode = proto.opcode
+        self.op_name = proto.metadata.op_name
+        self.operand_ids = tuple(proto.operand_ids)
+        self.called_ids = tuple(proto.called_computation_ids)
+        self.proto = proto
 
     @cached_property
-    def shape(self) -> Shape:
+    def shape(self) -> Shape:  # type: ignore[override]
         return read_shape(self.proto.shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Computation:
-    """A list of instructions in an order in which operands come before their users."""
+    """A list of instructions in an order in which operands come before their users; in the order of the schedule where
+    there is one."""
 
     id: int
     name: str
@@ -155,12 +178,21 @@ class Computation:
 
 @dataclass(frozen=True, eq=False)
 class Module:
-    """A module: its computations by id, callees before callers, and the entry."""
+    """A module: its computations by id, callees before callers, and the entry.
+
+    scheduled  whether the instructions of what runs stand in the order in which they run
+    aliases    outputs that take an argument's place: index of the output, number of the argument, index in it
+    devices    for how many it was compiled, as far as it says; 0 when it does not
+    """
 
     name: str
     computations: dict[int, Computation]
     entry: Computation
     frames: Any = field(repr=False)  # StackFrameIndexProto
+    scheduled: bool = False
+    aliases: tuple[Alias, ...] = ()
+    devices: int = 0
+    shardings: tuple[Any, ...] = field(default=(), repr=False)  # of the arguments, as OpShardings, where they stand apart
 
     def called(self, instruction: Instruction) -> list[Computation]:
         return [self.computations[called] for called in instruction.called_ids]
@@ -169,10 +201,20 @@ class Module:
         """`file.py:line` of the innermost frame that is no library's, and who called it; "" when nothing was kept."""
         metadata = instruction.proto.metadata
         if metadata.source_line:
-            return f"{Path(metadata.source_file).name}:{metadata.source_line}"
-        places = list(self._stack(metadata.stack_frame_id))
-        own = [place for place in places if not _LIBRARIES.search(place[0])]
-        return " < ".join(f"{Path(file).name}:{line}" for file, line in (own or places)[:2])
+            return f"{basename(metadata.source_file)}:{metadata.source_line}"
+        frame = metadata.stack_frame_id
+        known = self._sources.get(frame)
+        if known is None:
+            places = list(self._stack(frame))
+            own = [place for place in places if not LIBRARIES.search(place[0])]
+            told = dict.fromkeys(f"{basename(file)}:{line}" for file, line in own or places)
+            known = self._sources[frame] = " < ".join(list(told)[:2])
+        return known
+
+    @cached_property
+    def _sources(self) -> dict[int, str]:
+        """Id of a stack frame -> its source, as far as it has been asked for."""
+        return {}
 
     def _stack(self, frame_id: int) -> Iterator[tuple[str, int]]:
         """File and line of the frames of a stack, innermost first. Ids count from 1, and 0 is none."""
@@ -181,7 +223,27 @@ class Module:
             frame = frames.stack_frames[frame_id - 1]
             location = frames.file_locations[frame.file_location_id - 1]
             yield frames.file_names[location.file_name_id - 1], location.line
+            if frame.parent_frame_id >= frame_id:  # a caller is listed before whom it calls
+                return
             frame_id = frame.parent_frame_id
+
+    @cached_property
+    def by_opcode(self) -> dict[str, list[tuple[Computation, Instruction]]]:
+        """Opcode -> where it stands, in the order of the module."""
+        found: dict[str, list[tuple[Computation, Instruction]]] = {}
+        for computation in self.computations.values():
+            for instruction in computation.instructions:
+                found.setdefault(instruction.opcode, []).append((computation, instruction))
+        return found
+
+    @cached_property
+    def asynchronous(self) -> dict[int, tuple[Computation, Instruction]]:
+        """Id of a computation that runs asynchronously -> what starts it, and where."""
+        return {
+            called: (computation, instruction)
+            for computation, instruction in self.by_opcode.get("async-start", ())
+            for called in instruction.called_ids
+        }
 
     def instructions(self) -> Iterator[tuple[Computation, Instruction]]:
         for computation in self.computations.values():
@@ -196,13 +258,28 @@ class Module:
 
 def read_module(proto: Any) -> Module:
     """A Module from an HloModuleProto."""
+    order = {entry.key: entry.value.instruction_ids for entry in proto.schedule.sequences}
     computations = {}
     for computation in proto.computations:
-        instructions = tuple(
-            Instruction(
-                i.id, i.name, i.opcode, i.metadata.op_name, tuple(i.operand_ids), tuple(i.called_computation_ids), i
-            )
-            for i in computation.instructions
+        instructions: Iterable[Instruction] = map(_Read, computation.instructions)
+        if computation.id in order:
+            by_id = {instruction.id: instruction for instruction in instructions}
+            instructions = [by_id[id_] for id_ in order[computation.id]]
+        computations[computation.id] = Computation(
+            computation.id, computation.name, tuple(instructions), computation.root_id
         )
-        computations[computation.id] = Computation(computation.id, computation.name, instructions, computation.root_id)
-    return Module(proto.name, computations, computations[proto.entry_computation_id], proto.stack_frame_index)
+    aliases = tuple(
+        (tuple(alias.output_shape_index), alias.parameter_number, tuple(alias.parameter_shape_index))
+        for alias in proto.input_output_alias.entries
+    )
+    assignment = proto.device_assignment
+    return Module(
+        proto.name,
+        computations,
+        computations[proto.entry_computation_id],
+        proto.stack_frame_index,
+        scheduled=proto.entry_computation_id in order,
+        aliases=aliases,
+        devices=assignment.replica_count * assignment.computation_count,
+        shardings=tuple(proto.spmd_parameters_shardings),
+    )

@@ -7,6 +7,7 @@ the mesh's axes gives over device ids 0 .. n-1 in row-major order.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import combinations
@@ -29,10 +30,70 @@ def groups_of(instruction: Instruction, devices: int) -> Groups:
     if not iota.num_replica_groups:
         iota = proto.collective_device_list.iota_replica_group_list
     if iota.num_replica_groups:
-        ids = _iota(tuple(iota.iota_reshape_dims), tuple(iota.iota_transpose_perm))
+        ids = iota_order(tuple(iota.iota_reshape_dims), tuple(iota.iota_transpose_perm))
         return _rows(ids, iota.num_devices_per_group)
     literal = proto.collective_device_list.replica_groups or proto.replica_groups
     return tuple(tuple(group.replica_ids) for group in literal) or (tuple(range(devices)),)
+
+
+def pairs_of(instruction: Instruction) -> tuple[tuple[int, int], ...]:
+    """Source and target of each transfer of a permute, or of a `send` that a permute was made into."""
+    if instruction.opcode == "send":
+        text = next(
+            (p.value for p in instruction.proto.frontend_attributes.map if p.key.endswith("send_recv_source_target_pairs")),
+            "",
+        )
+        return tuple((int(source), int(target)) for source, target in re.findall(r"\{(\d+),(\d+)\}", text))
+    return tuple((pair.source, pair.target) for pair in instruction.proto.source_target_pairs)
+
+
+def recovered_axes(partitions: Iterable[Groups], pairs: Iterable[tuple[tuple[int, int], ...]], devices: int) -> dict[str, int]:
+    """Axes of a mesh that nobody named, outermost first, from what the collectives of a program run over: {} when they
+    do not tell.
+
+    A group that holds device 0 lists, in a mesh in row-major order, sums of multiples of a few strides. Strides and the
+    ends of their ranges are where one axis ends and the next begins; a cut that does not divide the others is left out.
+    """
+    cuts: dict[int, int] = {}
+    for groups in partitions:
+        for cut in _cuts(sorted(next((group for group in groups if 0 in group), ()))):
+            cuts[cut] = cuts.get(cut, 0) + 1
+    for moves in pairs:
+        for cut in _cuts_of_pairs(moves):
+            cuts[cut] = cuts.get(cut, 0) + 1
+    kept: list[int] = []
+    for cut in sorted((c for c in cuts if 1 < c < devices and devices % c == 0), key=lambda c: (-cuts[c], c)):
+        if all(cut % other == 0 or other % cut == 0 for other in kept):
+            kept.append(cut)
+    if not cuts:
+        return {}
+    bounds = [1, *sorted(kept), devices]
+    degrees = [high // low for low, high in zip(bounds, bounds[1:], strict=False)][::-1]
+    return {f"axis{index}": degree for index, degree in enumerate(degrees)}
+
+
+def _cuts(group: Sequence[int]) -> list[int]:
+    """Strides of the axes of one sorted group that begins with 0, and where their ranges end."""
+    cuts, size = [], 1
+    while size < len(group):
+        stride = group[size]
+        count = size
+        while count < len(group) and group[count] == (count // size) * stride:
+            count += size
+        cuts += [stride, stride * (count // size)]
+        size = count
+    return cuts
+
+
+def _cuts_of_pairs(moves: Iterable[tuple[int, int]]) -> list[int]:
+    """A shift along an axis goes one stride on, or from its end back to its beginning."""
+    steps = {target - source for source, target in moves if source != target}
+    ahead = [step for step in steps if step > 0]
+    back = [-step for step in steps if step < 0]
+    if len(ahead) == 1 and len(back) <= 1:
+        stride = ahead[0]
+        return [stride, stride + back[0]] if back else [stride]
+    return []
 
 
 @cache
@@ -46,7 +107,7 @@ def _from_mesh(wire: bytes) -> Groups:
     devices = tuple(proto.mesh.device_ids)
     if not devices and proto.mesh.iota_transform.reshape_dims:
         transform = proto.mesh.iota_transform
-        devices = _iota(tuple(transform.reshape_dims), tuple(transform.transpose_perm))
+        devices = iota_order(tuple(transform.reshape_dims), tuple(transform.transpose_perm))
     devices = devices or tuple(range(prod(sizes)))
     # Split each axis into (before, part, after) so that a sub-axis is a dimension of its own.
     parts: dict[int, list[tuple[int, int]]] = {}
@@ -71,7 +132,7 @@ def _from_mesh(wire: bytes) -> Groups:
 
 
 @cache
-def _iota(dims: tuple[int, ...], permutation: tuple[int, ...]) -> tuple[int, ...]:
+def iota_order(dims: tuple[int, ...], permutation: tuple[int, ...]) -> tuple[int, ...]:
     return _transpose(range(prod(dims)), dims, permutation or range(len(dims)))
 
 
@@ -94,7 +155,7 @@ def _partition(degrees: tuple[int, ...], chosen: tuple[int, ...]) -> tuple[int, 
     """For each device the smallest id in its group, when devices of a group differ only in the chosen axes."""
     kept = [i for i in range(len(degrees)) if i not in chosen]
     label = [0] * prod(degrees)
-    for group in _rows(_iota(degrees, (*kept, *chosen)), prod(degrees[i] for i in chosen)):
+    for group in _rows(iota_order(degrees, (*kept, *chosen)), prod(degrees[i] for i in chosen)):
         for device in group:
             label[device] = group[0]
     return tuple(label)

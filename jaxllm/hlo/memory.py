@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxllm.hlo.graph import PASSES, Computation, Instruction, Module, Shape
 from jaxllm.hlo.loops import Context, Executions
 from jaxllm.hlo.phases import phase_of
 from jaxllm.hlo.rules import argument_padding
-from jaxllm.spec.ledger import Line, Rule, Term
+from jaxllm.spec.ledger import Line, Rule, Term, by_stage
 
 HBM, HOST = 0, 5  # memory spaces, which XLA calls colors; the others are on-chip memories of a TPU
 
@@ -34,11 +34,25 @@ class Buffers:
     @property
     def on_chip(self) -> int:
         """Bytes of temporaries in a TPU's own memories, which are no part of HBM."""
-        return sum(a.size for a in self.allocations if a.color not in (HBM, HOST) and not a.is_entry_computation_parameter)
+        return sum(
+            allocation.size
+            for allocation in self.allocations
+            if self.space(allocation) not in (HBM, HOST) and not allocation.is_entry_computation_parameter
+        )
 
-    def size(self, color: int) -> int:
+    def space(self, allocation: Any) -> int:
+        """The memory space of an allocation: its color, or the host's, which XLA:GPU says in the layouts of its arrays
+        alone."""
+        if allocation.color == HBM and allocation.assigned:
+            location = self.buffers[allocation.assigned[0].logical_buffer_id].defined_at
+            shape = self.instructions[location.instruction_id].shape.at(tuple(location.shape_index))
+            if shape.memory_space == HOST:
+                return HOST
+        return allocation.color
+
+    def size(self, space: int) -> int:
         """Bytes of all allocations in one memory space."""
-        return sum(allocation.size for allocation in self.allocations if allocation.color == color)
+        return sum(allocation.size for allocation in self.allocations if self.space(allocation) == space)
 
     @property
     def arguments(self) -> int:
@@ -102,12 +116,15 @@ def argument_class(op_name: str) -> str:
 
 
 def argument_lines(
-    module: Module, buffers: Buffers | None, logical_bytes: dict[str, int]
+    module: Module,
+    buffers: Buffers | None,
+    logical_bytes: dict[str, int],
+    needed_bytes: dict[str, tuple[int, ...]],
 ) -> tuple[list[Line], tuple[str, ...]]:
-    """Lines parameters, optimizer, batch, padding and host.
+    """Lines parameters, optimizer, batch, padding and host; and of a pipeline uniform.
 
     Args: the module whose entry has the arguments in per-device shapes; its buffer assignment, or None when there is
-    none; op_name -> bytes of an argument without padding of its vocabulary.
+    none; op_name -> bytes of an argument without padding of its vocabulary, and -> those that each stage needs.
     """
     terms: dict[str, list[Term]] = {name: [] for name in CLASSES}
     unexplained, vocabulary, host = [], [], []
@@ -125,7 +142,10 @@ def argument_lines(
             unexplained.append(f"argument {name} ({parameter.shape}, {size} bytes): of no known class")
         if any(leaf.memory_space == HOST for leaf in parameter.shape.leaves):
             host.append(Term(name, size, str(parameter.shape)))
-    lines = [Line("memory", kind, sum(t.value for t in terms[kind]), terms=tuple(terms[kind])) for kind in CLASSES]
+    if needed_bytes:
+        lines = _lines_of_stages(terms, needed_bytes)
+    else:
+        lines = [Line("memory", kind, sum(t.value for t in terms[kind]), terms=tuple(terms[kind])) for kind in CLASSES]
     padding = _padding(module, buffers, arrays, vocabulary)
     lines.append(padding)
     tiles = next((term.value for term in padding.terms if term.label == "tiles"), 0)
@@ -210,19 +230,37 @@ def loops_of(module: Module, runs: Executions) -> list[Loop]:
     ]
 
 
-def gradient_line(module: Module, runs: Executions) -> Line:
-    """The gradient accumulators: what stands behind optimization barriers of the scope `gradients`.
+def _lines_of_stages(terms: dict[str, list[Term]], needed: dict[str, tuple[int, ...]]) -> list[Line]:
+    """What each stage needs of its arguments, and `uniform`, what it has of them beside: of each line the stage with the
+    most. `terms` are the arguments as they are allocated, the same on all stages."""
+    count = len(next(iter(needed.values())))
+    per_stage = []
+    for stage in range(count):
+        lines, spare = [], []
+        for kind, found in terms.items():
+            parts = [replace(term, value=needed[term.label][stage] if term.label in needed else term.value) for term in found]
+            lines.append(Line("memory", kind, sum(part.value for part in parts), terms=tuple(p for p in parts if p.value)))
+            spare += [replace(t, value=t.value - part.value) for t, part in zip(found, parts, strict=True)]
+        spare = [term for term in spare if term.value]
+        lines.append(Line("memory", "uniform", sum(term.value for term in spare), terms=tuple(spare)))
+        per_stage.append(lines)
+    return list(by_stage(per_stage))
 
-    The program puts one around each accumulator where the backward pass ends. A barrier computes nothing, and no
-    compiler merges or removes it before partitioning, so that the arrays can be told by name on all of them.
+
+def fenced_line(module: Module, runs: Executions, name: str) -> Line:
+    """What stands behind optimization barriers of a scope: `gradients` are the accumulators; of a pipeline, `stash`,
+    `weight_stash` and `inbox` are its buffers.
+
+    The program puts one around each array, where the backward pass ends or where a buffer is made. A barrier computes
+    nothing, and no compiler merges or removes it before partitioning, so that the arrays can be told by name on all of
+    them.
     """
     terms = [
         Term(instruction.name, instruction.shape.bytes, str(instruction.shape), module.source(instruction))
-        for computation, instruction in module.instructions()
-        if instruction.opcode == "opt-barrier" and runs.of(computation)
-        if "gradients" in runs.of(computation)[0].op_name(instruction).split("/")
+        for computation, instruction in module.by_opcode.get("opt-barrier", ())
+        if runs.of(computation) and name in runs.of(computation)[0].op_name(instruction).split("/")
     ]
-    return Line("memory", "gradients", sum(term.value for term in terms), terms=tuple(terms))
+    return Line("memory", name, sum(term.value for term in terms), terms=tuple(terms))
 
 
 def _phase_of_loop(loop: Loop) -> str:
@@ -271,7 +309,7 @@ def peak_of(buffers: Buffers, top: int = 10) -> tuple[int, tuple[Term, ...]]:
     arguments = outputs = constants = temporaries = 0
     live: dict[int, int] = {}
     for allocation in buffers.allocations:
-        if allocation.color != HBM:
+        if buffers.space(allocation) != HBM:
             continue
         if allocation.is_entry_computation_parameter:
             arguments += allocation.size

@@ -21,12 +21,21 @@ _MESSAGES = {
     "HloProto": "1 hlo_module HloModuleProto; 3 buffer_assignment BufferAssignmentProto",
     "HloModuleProto": (
         "1 name string; 6 entry_computation_id int64; 3 computations HloComputationProto*; "
-        "8 input_output_alias HloInputOutputAliasProto; 17 stack_frame_index StackFrameIndexProto"
+        "7 schedule HloScheduleProto; 8 input_output_alias HloInputOutputAliasProto; "
+        "14 spmd_parameters_shardings OpSharding*; 15 device_assignment DeviceAssignmentProto; 17 stack_frame_index StackFrameIndexProto; "
+        "19 frontend_attributes FrontendAttributes"
     ),
+    # A map field is, on the wire, a repeated message of key and value.
+    "HloScheduleProto": "1 sequences ScheduleEntry*",
+    "ScheduleEntry": "1 key int64; 2 value InstructionSequence",
+    "InstructionSequence": "1 instruction_ids int64*",
+    "DeviceAssignmentProto": "1 replica_count int32; 2 computation_count int32",
     "HloInputOutputAliasProto": "1 entries AliasEntryProto*",
     "AliasEntryProto": "1 output_shape_index int64*; 2 parameter_number int64; 3 parameter_shape_index int64*",
-    "StackFrameIndexProto": "1 file_names string*; 3 file_locations FileLocation*; 4 stack_frames StackFrame*",
-    "FileLocation": "1 file_name_id int32; 3 line int32",
+    "StackFrameIndexProto": (
+        "1 file_names string*; 2 function_names string*; 3 file_locations FileLocation*; 4 stack_frames StackFrame*"
+    ),
+    "FileLocation": "1 file_name_id int32; 2 function_name_id int32; 3 line int32",
     "StackFrame": "1 file_location_id int32; 2 parent_frame_id int32",
     "HloComputationProto": "1 name string; 2 instructions HloInstructionProto*; 5 id int64; 6 root_id int64",
     "HloInstructionProto": (
@@ -35,15 +44,22 @@ _MESSAGES = {
         "15 window Window; 16 convolution_dimension_numbers ConvolutionDimensionNumbers; 50 feature_group_count int64; "
         "58 batch_group_count int64; 26 channel_id int64; 28 custom_call_target string; "
         "30 dot_dimension_numbers DotDimensionNumbers;"
-        "63 comparison_direction string; 35 id int64; 36 operand_ids int64*; 38 called_computation_ids int64*; "
-        "43 backend_config bytes; 49 replica_groups ReplicaGroup*; 52 source_target_pairs SourceTarget*; "
+        "17 slice_dimensions SliceDimensions*; 63 comparison_direction string; 35 id int64; 36 operand_ids int64*; 38 called_computation_ids int64*; "
+        "40 sharding OpSharding; 43 backend_config bytes; 49 replica_groups ReplicaGroup*; 52 source_target_pairs SourceTarget*; "
         "56 constrain_layout bool; 68 frontend_attributes FrontendAttributes; "
         "87 collective_device_list CollectiveDeviceListProto; "
+        "90 ragged_dot_dimension_numbers RaggedDotDimensionNumbers; "
         "92 iota_collective_device_list IotaReplicaGroupListProto; "
         "93 mesh_axes_replica_group_list MeshAxesReplicaGroupListProto"
     ),
     "OpMetadata": "2 op_name string; 3 source_file string; 4 source_line int32; 15 stack_frame_id int32",
-    # A map field is, on the wire, a repeated message of key and value.
+    "OpSharding": (
+        "1 type int32; 3 tile_assignment_dimensions int64*; 4 tile_assignment_devices int64*; "
+        "5 tuple_shardings OpSharding*; 6 replicate_on_last_tile_dim bool; 8 last_tile_dims int32*; "
+        "9 iota_reshape_dims int64*; 10 iota_transpose_perm int32*; 14 named_sharding NamedShardingProto"
+    ),
+    "NamedShardingProto": "2 mesh MeshProto; 3 dim_shardings DimShardingProto*",
+    "DimShardingProto": "1 axes AxisRefProto*",
     "FrontendAttributes": "1 map FrontendAttribute*",
     "FrontendAttribute": "1 key string; 2 value string",
     "ShapeProto": "2 element_type int32; 3 dimensions int64*; 4 tuple_shapes ShapeProto*; 5 layout LayoutProto",
@@ -52,12 +68,24 @@ _MESSAGES = {
         "16 tail_padding_alignment_in_elements int64"
     ),
     "TileProto": "1 dimensions int64*",
-    "LiteralProto": "4 s32s int32*; 5 s64s int64*; 6 u32s uint32*; 7 u64s uint64*",
+    "SliceDimensions": "1 start int64; 2 limit int64; 3 stride int64",
+    "LiteralProto": "2 preds bool*; 4 s32s int32*; 5 s64s int64*; 6 u32s uint32*; 7 u64s uint64*",
     "Window": "1 dimensions WindowDimension*",
-    "WindowDimension": "1 size int64",
-    "ConvolutionDimensionNumbers": "3 kernel_input_feature_dimension int64; 6 kernel_spatial_dimensions int64*",
+    "WindowDimension": (
+        "1 size int64; 2 stride int64; 3 padding_low int64; 4 padding_high int64; 5 window_dilation int64; "
+        "6 base_dilation int64"
+    ),
+    "ConvolutionDimensionNumbers": (
+        "3 kernel_input_feature_dimension int64; 4 kernel_output_feature_dimension int64; "
+        "6 kernel_spatial_dimensions int64*; 7 input_batch_dimension int64; 8 input_feature_dimension int64; "
+        "9 output_batch_dimension int64; 10 output_feature_dimension int64; 11 input_spatial_dimensions int64*; "
+        "12 output_spatial_dimensions int64*"
+    ),
     "DotDimensionNumbers": (
         "1 lhs_contracting_dimensions int64*; 2 rhs_contracting_dimensions int64*; 3 lhs_batch_dimensions int64*"
+    ),
+    "RaggedDotDimensionNumbers": (
+        "1 dot_dimension_numbers DotDimensionNumbers; 2 lhs_ragged_dimensions int64*; 3 rhs_group_dimensions int64*"
     ),
     "ReplicaGroup": "1 replica_ids int64*",
     "SourceTarget": "1 source int64; 2 target int64",
@@ -85,7 +113,7 @@ _MESSAGES = {
     ),
     "Assigned": "1 logical_buffer_id int64; 2 offset int64; 3 size int64",
     "HeapSimulatorTrace": "1 events Event*; 3 buffer_allocation_index int64",
-    "Event": "1 kind int32; 2 buffer_id int64; 5 share_with_canonical_id int64",
+    "Event": "1 kind int32; 2 buffer_id int64; 4 instruction_name string; 5 share_with_canonical_id int64",
 }  # fmt: skip
 
 _PACKAGE = "jaxllm_xla"  # not `xla`: another package of the process may register the real one

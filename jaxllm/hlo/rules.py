@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 
@@ -32,33 +33,55 @@ def argument_padding(module: Module) -> int:
     return sum(tile_padded_bytes(leaf) - leaf.bytes for leaf in leaves)
 
 
-def all_reduce_then_slice(computation: Computation, instruction: Instruction) -> bool:
+Fusion = tuple[Computation, Instruction] | None  # a fusion, and the computation in which it stands
+
+_HANDED_ON = frozenset(("get-tuple-element", "bitcast", "copy", "reshape", "convert", "transpose"))
+
+
+def all_reduce_then_slice(module: Module, computation: Computation, instruction: Instruction) -> bool:
     """Whether every use of an all-reduce takes a device's slice of it, for a reduce-scatter (`all-reduce+slice`)."""
-    users = _readers(computation, instruction)
-    return bool(users) and all(user.opcode == "dynamic-slice" and _by_device(computation, user) for user in users)
+    readers = list(_readers(module, computation, instruction))
+    return bool(readers) and all(
+        user.opcode == "dynamic-slice" and _by_device(home, user, fusion) for home, user, fusion in readers
+    )
 
 
-def _readers(computation: Computation, instruction: Instruction) -> list[Instruction]:
-    readers = []
-    for user in computation.users.get(instruction.id, []):
-        if user.opcode in ("get-tuple-element", "bitcast", "copy", "reshape", "convert"):
-            readers += _readers(computation, user)
-        else:
-            readers.append(user)
-    return readers
+def _readers(
+    module: Module, computation: Computation, instruction: Instruction
+) -> Iterator[tuple[Computation, Instruction, Fusion]]:
+    """Who reads an array, past what only hands it on, and inside of fusions. What hands it out of a fusion reads it."""
+    waiting: list[tuple[Computation, Instruction, Fusion]] = [(computation, instruction, None)]
+    while waiting:
+        home, made, fusion = waiting.pop()
+        for user in home.users.get(made.id, ()):
+            handed_on = user.opcode in _HANDED_ON and user.id != home.root_id
+            if handed_on or user.opcode.startswith("all-reduce-done"):
+                waiting.append((home, user, fusion))
+            elif user.opcode == "fusion" and fusion is None and user.called_ids:
+                fused = module.called(user)[0]
+                for number, operand in enumerate(user.operand_ids):
+                    if operand == made.id and number in fused.parameters:
+                        waiting.append((fused, fused.parameters[number], (home, user)))
+            else:
+                yield home, user, fusion
 
 
-def _by_device(computation: Computation, slice_: Instruction) -> bool:
+def _by_device(computation: Computation, slice_: Instruction, fusion: Fusion) -> bool:
     """Whether an index of a dynamic-slice is computed from the id of the device."""
-    waiting = computation.operands(slice_)[1:]
+    waiting = [(computation, operand) for operand in computation.operands(slice_)[1:]]
     seen = set()
     while waiting:
-        instruction = waiting.pop()
+        home, instruction = waiting.pop()
         if instruction.opcode in ("partition-id", "replica-id"):
             return True
-        if instruction.id not in seen:
-            seen.add(instruction.id)
-            waiting += computation.operands(instruction)
+        if instruction.id in seen:
+            continue
+        seen.add(instruction.id)
+        if instruction.opcode == "parameter" and fusion is not None and home is computation:
+            outer, call = fusion
+            waiting.append((outer, outer.operand(call, instruction.proto.parameter_number)))
+        else:
+            waiting += [(home, operand) for operand in home.operands(instruction)]
     return False
 
 

@@ -34,6 +34,23 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:+.{0 if abs(fraction) >= 0.0995 else 1}f} %"
 
 
+def duration(seconds: float) -> str:
+    """Three digits and a prefix: `1.27 ms`, `45.0 us`, `12.3 s`."""
+    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= 0.9995 * scale:
+            return _digits(seconds / scale) + f" {unit}"
+    return f"{_digits(seconds / 1e-9)} ns" if seconds else "0 s"
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+
+
+def one_line(text: object) -> str:
+    """Without line breaks, and with what a terminal would obey rather than show written out."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in " ".join(str(text).split()))
+
+
 def wrap(text: str, width: int, indent: str = "") -> list[str]:
     """Lines of that width, never broken inside a word or between a number and its unit; `indent` after the first."""
     glued = re.sub(r"(?<=[0-9]) (?=%|[kMGTPEZ]?(?:B|FLOP)\b|bytes\b)", "\0", text)

@@ -15,13 +15,14 @@ FULL = replace(
 def test_the_keys_are_those_of_the_schema():
     data = document(FULL, SETUP)
     assert list(data) == [
-        "schema", "versions", "model", "mesh", "layout", "workload", "target", "memory", "flops", "collectives",
+        "schema", "versions", "model", "mesh", "layout", "workload", "target", "memory", "pipeline", "stages", "flops", "collectives",
         "unexplained", "notes", "peak", "run", "seconds", "cached", "agrees",
     ]  # fmt: skip
     assert data["schema"] == 1 and data["target"] == "gpu" and data["agrees"] is True
     assert data["model"]["name"] == "llama-2-7b" and data["model"]["parameters"] == 6_738_415_616
     assert data["layout"] == {
-        "replica": 1, "data": 4, "tensor": 2, "zero": 3, "remat": "full", "microbatches": 1,
+        "pipe": 1, "replica": 1, "data": 4, "tensor": 2, "zero": 3, "remat": "full", "microbatches": 1, "schedule": "",
+        "virtual": 0, "partition": "even",
     }  # fmt: skip
     assert data["workload"]["batch"] == 8 and data["workload"]["sequence"] == 4096
     assert data["memory"][0] == {

@@ -124,3 +124,19 @@ def test_figures_name_each_source_once():
     )
     shown = out.getvalue()
     assert shown.count("a paper") == 1 and shown.count("[1]") == 3 and "80 GB" in shown
+
+
+def staged(predicted, compiled):
+    lines = [[replace(memory("parameters", max(each)), stages=each)] for each in (predicted, compiled)]
+    return text(compare(ledger("closed form", *lines[0]), ledger("XLA:CPU", *lines[1])))
+
+
+def test_stages_that_are_not_alike_do_not_print_alike():
+    assert "    by stage 0: 4.20 MB; 1 to 2: 3.94 MB; 3: 4.20 MB\n" in staged(*2 * [(4_200_001, 3_940_000, 3_940_000, 4_200_001)])
+    shown = staged(*2 * [(4_071_936, 4_068_352, 1_000_000)])
+    assert "    by stage 0: 4,071,936 B; 1: 4,068,352 B; 2: 1,000,000 B\n" in shown
+
+
+def test_a_difference_names_the_stages_that_have_it():
+    shown = staged((4_096, 2_048, 1_024), (4_096, 2_048, 1_000))
+    assert "differs: parameters: the compiler has -24 bytes on stage 2\n" in shown
