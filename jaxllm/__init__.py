@@ -24,6 +24,8 @@ _HOME = {
     "compile": "jaxllm.targets.compiler",
     "measure": "jaxllm.check",
     "compare": "jaxllm.report.compare",
+    "inspect": "jaxllm.inspection",
+    "inspect_file": "jaxllm.inspection",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -94,8 +94,9 @@ def _ledger(stored: dict[str, Any]) -> Ledger:
         author=stored["author"],
         lines=tuple(
             Line(
-                **{key: value for key, value in line.items() if key not in ("axes", "terms", "rules")},
+                **{key: value for key, value in line.items() if key not in ("axes", "stages", "terms", "rules")},
                 axes=tuple(line["axes"]),
+                stages=tuple(line["stages"]),
                 terms=tuple(Term(**term) for term in line["terms"]),
                 rules=tuple(Rule(**rule) for rule in line["rules"]),
             )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from jaxllm.hlo import Dump
     from jaxllm.program import Built
+    from jaxllm.report.inspection import Report
     from jaxllm.spec.machine import Mesh
     from jaxllm.targets.compiler import Compiled
 
@@ -60,12 +61,22 @@ def build(
         return build(model, layout, workload, devices, target=target, hardware=hardware, **options)
 
 
-def measure(compiled: Compiled) -> Ledger:
-    """The ledger of a compiled step, read from XLA's protos."""
+def measure(compiled: Any, **options: Any) -> Ledger | Report:
+    """The ledger of a step that `compile` gave, read from XLA's protos; of any other jax.stages.Compiled its report, for
+    which jaxllm.inspection.measure has the options."""
+    from jaxllm.inspection import measure as report
+    from jaxllm.targets.compiler import Compiled
+
+    return _ledger(compiled) if isinstance(compiled, Compiled) else report(compiled, **options)
+
+
+def _ledger(compiled: Compiled) -> Ledger:
     from jaxllm.hlo import measure
 
     built = compiled.lowered.built
-    return measure(_dump(compiled), built.axes, logical_bytes=built.logical_bytes)
+    return measure(
+        _dump(compiled), built.axes, logical_bytes=built.logical_bytes, needed_bytes=built.needed_bytes
+    )
 
 
 def _dump(compiled: Compiled) -> Dump:
@@ -109,7 +120,7 @@ def check(
         progress(f"compiling with XLA:{lowered.compiler.upper()}")
         compiled = compiler.compile(lowered, progress)
         begin = time.perf_counter()
-        ledger = measure(compiled)
+        ledger = _ledger(compiled)
         if bundle is not None:
             save_program(bundle, lowered.stages.as_text(debug_info=True), _dump(compiled), predicted, ledger)
         spent = {"compile": round(compiled.seconds, 3), "measure": round(time.perf_counter() - begin, 3)}
@@ -203,10 +214,13 @@ def resolve(
 
 
 def _held(ledger: Ledger | Comparison) -> int:
-    """Bytes that do not grow with the workload, by closed form: state and gradients."""
-    lines = {line.name: line for line in ledger.section("memory")}
-    names = ("parameters", "optimizer", "gradients", "padding")
-    return sum(getattr(lines[name], "predicted" if isinstance(ledger, Comparison) else "value") for name in names)
+    """Bytes that do not grow with the workload, by closed form: state and gradients. In a pipeline those of the first
+    stage, which has as many as all the others."""
+    names = ("parameters", "optimizer", "gradients", "padding", "uniform")
+    lines = [line for line in ledger.section("memory") if line.name in names]
+    if isinstance(ledger, Comparison):
+        return sum(row.on_stage(0)[0] for row in lines)
+    return sum(line.on_stage(0) for line in lines)
 
 
 def _largest(fits: Callable[[int], bool], most: float = math.inf) -> int:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxllm.options import count, progress
+from jaxllm.report.units import one_line
 from jaxllm.spec.errors import DoesNotFit, SpecError, TargetError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _check_once(arguments)
         if not arguments:
-            raise SpecError("name a command, which is check, train, models or meshes; jaxllm --help tells more.")
+            raise SpecError("name a command: check, train, inspect, schedule, models or meshes; jaxllm --help tells more.")
         # Commands only parse and return the work to do. It is done here, out of typer's reach, which has its own
         # ideas about interrupts, broken pipes and exit codes.
         work = app(args=arguments, prog_name="jaxllm", standalone_mode=False, obj=arguments)
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("JAXLLM_TRACEBACK"):
             raise
         return _fail(
-            f"this is an error of jaxllm itself, {type(error).__name__}: {_one_line(error)}; "
+            f"this is an error of jaxllm itself, {type(error).__name__}: {one_line(error)}; "
             "JAXLLM_TRACEBACK=1 shows where.",
             70,
         )
@@ -109,17 +110,12 @@ def _check_once(arguments: list[str]) -> None:
 
 def _fail(sentence: str, code: int) -> int:
     with contextlib.suppress(OSError):
-        print(f"jaxllm: {_one_line(sentence)}", file=sys.stderr)
+        print(f"jaxllm: {one_line(sentence)}", file=sys.stderr)
     return code
 
 
-def _one_line(text: object) -> str:
-    """Without line breaks, and with what a terminal would obey rather than show written out."""
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in " ".join(str(text).split()))
-
-
 def _usage(error: Any) -> str:
-    message = _one_line(error.format_message()).rstrip(".")
+    message = one_line(error.format_message()).rstrip(".")
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "jaxllm"
     return f"{message}; {command} --help lists what there is."
@@ -232,6 +228,58 @@ def train(
         save_every=save_every, resume=resume, target=target, processes=processes, process=process,
         coordinator=coordinator,
     )  # fmt: skip
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="HLO text, an HloProto or an HloModuleProto of a dump.")],
+    machine: Annotated[
+        str | None, typer.Option(metavar="M", help="A machine, as h100: the least time of each operation, and its memory.")
+    ] = None,
+    mesh: Annotated[
+        str | None, typer.Option(metavar="AXES", help="Mesh axes, outermost first, as data=4,tensor=2. Default: recovered.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A second program: print what changes from the first to it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw the memory over the schedule, as .png, .svg or .pdf.")
+    ] = None,
+    trace: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the schedule as a trace for ui.perfetto.dev, as .json.")
+    ] = None,
+) -> Work:
+    """Report FLOPs, bytes, collectives, memory and warnings of any compiled XLA program."""
+    return partial(
+        _inspect, file, machine=machine, mesh=mesh, against=against, as_json=as_json, plot=plot, trace=trace
+    )
+
+
+@app.command()
+def schedule(
+    name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="1f1b, interleaved, zb-v, ..., or a table as .csv.")],
+    stages: Annotated[str, typer.Option(metavar="P", help="Stages of the pipeline.")],
+    microbatches: Annotated[str, typer.Option(metavar="M", help="Microbatches of a step.")],
+    virtual: Annotated[
+        str | None, typer.Option(metavar="V", help="Chunks of the model on each stage. Default: the schedule's least.")
+    ] = None,
+    times: Annotated[
+        str | None,
+        typer.Option(metavar="TIMES", help="Of a microbatch on a stage, as f=1,b=1,w=1,comm=0.05. Default: 1, comm 0."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    png: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw it over time, as .png, .svg or .pdf.")
+    ] = None,
+    trace: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write it as a trace for ui.perfetto.dev, as .json.")
+    ] = None,
+) -> Work:
+    """Draw a pipeline schedule, or check a table of one's own: its bubble, what it keeps, what it sends."""
+    return partial(
+        _schedule, name, stages, microbatches, virtual=virtual, times=times, as_json=as_json, png=png, trace=trace
+    )
 
 
 @app.command()
@@ -366,6 +414,112 @@ def _show(comparison: Comparison, setup: Setup, *, explain: str | None, as_json:
     print_comparison(comparison, setup, out)
     if explain is not None:
         explaining.print_explanation(comparison, setup, explain, out)
+
+
+def _inspect(
+    file: str,
+    *,
+    machine: str | None,
+    mesh: str | None,
+    against: str | None,
+    as_json: bool,
+    plot: str | None,
+    trace: str | None,
+) -> int:
+    from jaxllm.inspection import inspect_file
+    from jaxllm.spec.axes import parse_axes
+    from jaxllm.spec.machine import Machine
+
+    known = None if machine is None else Machine.read(machine)
+    axes = None if mesh is None else parse_axes("--mesh", mesh)
+    if against is not None and (plot is not None or trace is not None):
+        raise SpecError("--plot and --trace draw one program; leave --against out, or them.")
+    picture = _plot_path(plot)
+    from jaxllm.report.files import output_path
+
+    timetable = None if trace is None else output_path("--trace", trace, (".json",), "a trace")
+    with progress() as say:
+        say(f"reading {file}")
+        report = inspect_file(file, mesh=axes, machine=known)
+        if against is not None:
+            say(f"reading {against}")
+            other = inspect_file(against, mesh=axes, machine=known)
+    if against is not None:
+        return _show_difference(report, other, as_json)
+    # before the table, whose reader may have enough of it early
+    if picture is not None:
+        from jaxllm.report.inspection_plot import save_timeline
+
+        save_timeline(report, picture)
+        print(f"jaxllm: wrote {picture}", file=sys.stderr)
+    if timetable is not None:
+        from jaxllm.report.trace import save_trace
+
+        save_trace(report, timetable)
+        print(f"jaxllm: wrote {timetable}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        from jaxllm.report.inspection_table import print_report
+        from jaxllm.report.table import console
+
+        print_report(report, console())
+    return 0
+
+
+def _show_difference(before: Any, after: Any, as_json: bool) -> int:
+    """1 when something changed, as `diff` has it."""
+    from jaxllm.report.difference import difference, print_difference
+    from jaxllm.report.table import console
+
+    found = difference(before, after)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        print_difference(found, console())
+    return int(found.changed)
+
+
+def _schedule(
+    name: str,
+    stages: str,
+    microbatches: str,
+    *,
+    virtual: str | None,
+    times: str | None,
+    as_json: bool,
+    png: str | None,
+    trace: str | None,
+) -> int:
+    from jaxllm.report.files import output_path
+    from jaxllm.schedules.files import load
+    from jaxllm.schedules.simulation import simulate
+    from jaxllm.schedules.times import Times
+
+    counts = count("--stages", stages, None, least=2), count("--microbatches", microbatches, None)
+    given = Times() if times is None else Times.parse(times)
+    picture = None if png is None else output_path("--png", png, (".png", ".svg", ".pdf"), "a picture")
+    timetable = None if trace is None else output_path("--trace", trace, (".json",), "a trace")
+    simulation = simulate(load(name, *counts, count("--virtual", virtual, None)), given)
+    if picture is not None:
+        from jaxllm.report.schedule_plot import save_picture
+
+        save_picture(simulation, picture)
+        print(f"jaxllm: wrote {picture}", file=sys.stderr)
+    if timetable is not None:
+        from jaxllm.report.schedule_trace import save_trace
+
+        save_trace(simulation, timetable)
+        print(f"jaxllm: wrote {timetable}", file=sys.stderr)
+    from jaxllm.report.schedule import document, print_schedule
+
+    if as_json:
+        print(json.dumps(document(simulation)))
+    else:
+        from jaxllm.report.table import console
+
+        print_schedule(simulation, console())
+    return 0
 
 
 def _models(text: str | None, as_json: bool) -> int:

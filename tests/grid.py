@@ -1,4 +1,6 @@
-"""The grid: every layout of llama-tiny on every target, and real models at real size. `make grid` runs all of it.
+"""The grid: every layout of a small model of each family on every target, and real models at real size.
+
+`make grid` runs all of it.
 
     python -m tests.grid            what is missing, in parallel processes; then writes docs/grid.md
     python -m tests.grid --fresh    all of it again
@@ -18,18 +20,21 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxllm import schedules
 from jaxllm.report import document
+from jaxllm.spec.layout import Layout
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "runs" / "grid"
 TABLE = ROOT / "docs" / "grid.md"
 
-MODEL = "llama-tiny"
+MODELS = ("llama-tiny", "gpt-tiny")
 MESHES = {
     "cpu:8": ("f32",),
     "h100:8": ("bf16-f32", "bf16-master"),
@@ -40,6 +45,13 @@ ZERO = (0, 1, 2, 3)
 REMAT = ("none", "full")
 MICROBATCHES = (1, 4)
 
+# Pipelines: every schedule that has a name, on these meshes and degrees. On cpu each is run as well.
+PIPELINE_MESHES = {"cpu:8": "f32", "h100:8": "bf16-f32", "v5p:2x2x2": "bf16-f32"}
+PIPELINE_DEGREES = ("pipe=8", "pipe=4,data=2", "pipe=2,data=2,tensor=2", "pipe=4,tensor=2")
+# Microbatches of P stages: as many, twice as many, and a number that P does not divide.
+FILLS = {"P": lambda P: P, "2P": lambda P: 2 * P, "P+1": lambda P: P + 1}
+PIPELINE_SEQUENCE = 32
+
 # Real models, all with remat=full: model, mesh, degrees, ZeRO stages, sequence. One sequence a device.
 REAL = (
     ("llama-2-7b", "h100:64", "data=64", (0, 3), 4096),
@@ -49,6 +61,7 @@ REAL = (
     ("llama-3-70b", "h100:512", "data=512", (1, 3), 8192),
     ("llama-3-70b", "h100:512", "data=64,tensor=8", (0, 3), 8192),
     ("llama-3.1-405b", "h100:2048x8", "data=2048,tensor=8", (3,), 8192),
+    ("gpt3-175b", "a100-80:64", "data=8,tensor=8", (1, 3), 2048),
 )
 
 WORKERS = 2
@@ -63,12 +76,19 @@ class Cell:
     zero: int
     remat: str
     microbatches: int
-    model: str = MODEL
+    model: str = MODELS[0]
     sequence: int | None = None
+    schedule: str = ""
+    fill: str = ""  # of a pipeline: what the microbatches are to its stages
 
     @property
     def layout(self) -> str:
-        return f"{self.degrees},zero={self.zero},remat={self.remat},microbatches={self.microbatches}"
+        text = f"{self.degrees},zero={self.zero},remat={self.remat},microbatches={self.microbatches}"
+        return text + (f",schedule={self.schedule}" if self.schedule else "")
+
+    @property
+    def where(self) -> str:
+        return f"{self.mesh} {self.precision}"
 
     @property
     def name(self) -> str:
@@ -90,49 +110,103 @@ def cells(mesh: str | None = None) -> list[Cell]:
         Cell(name, *values)
         for name, precisions in MESHES.items()
         if mesh in (None, name)
-        for values in itertools.product(precisions, DEGREES, ZERO, REMAT, MICROBATCHES)
+        for values in itertools.product(precisions, DEGREES, ZERO, REMAT, MICROBATCHES, MODELS)
     ]
 
 
+def pipelines(mesh: str | None = None) -> list[Cell]:
+    """All cells with a pipeline, or those of one mesh: where they run every one, with remat and the models in turns; for
+    compilers of absent devices a pairwise cover of them."""
+    found = []
+    for name, precision in PIPELINE_MESHES.items():
+        if mesh in (None, name):
+            here = [
+                Cell(
+                    name, precision, degrees, zero, REMAT[(zero + f) % 2], FILLS[fill](Layout.parse(degrees).pipe),
+                    MODELS[(d + f) % len(MODELS)], PIPELINE_SEQUENCE, schedule, fill,
+                )
+                for schedule, (d, degrees), zero, (f, fill) in itertools.product(
+                    schedules.names(), enumerate(PIPELINE_DEGREES), ZERO, enumerate(FILLS)
+                )
+            ]  # fmt: skip
+            found += here if name == "cpu:8" else cover(here, 2, PIPELINE_COLUMNS)
+    return found
+
+
 def everything() -> list[Cell]:
-    return cells() + real()
+    return cells() + pipelines() + real()
 
 
-def pairwise(mesh: str) -> list[Cell]:
-    """Few cells of a mesh in which every pair of values of two columns occurs: greedy, and the same each time."""
-    candidates = cells(mesh)
-    columns = ("precision", "degrees", "zero", "remat", "microbatches")
+COLUMNS = ("where", "degrees", "zero", "remat", "microbatches", "model")
+PIPELINE_COLUMNS = ("schedule", "degrees", "zero", "remat", "fill")
 
-    def pairs(cell: Cell) -> set[tuple]:
+
+def cover(candidates: list[Cell], together: int, columns: tuple[str, ...] = COLUMNS) -> list[Cell]:
+    """Few of some cells in which all values of so many columns together occur: greedy, and the same each time."""
+
+    def met(cell: Cell) -> set[tuple]:
         values = [(column, getattr(cell, column)) for column in columns]
-        return set(itertools.combinations(values, 2))
+        return set(itertools.combinations(values, together))
 
-    missing = set().union(*map(pairs, candidates))
+    missing = set().union(*map(met, candidates))
+    used: Counter[tuple] = Counter()  # where several are as good, what has been met least comes first
     chosen: list[Cell] = []
+
+    def values(cell: Cell) -> set[tuple]:
+        return {(column, getattr(cell, column)) for column in (*columns, "model")}
+
     while missing:
-        best = max(candidates, key=lambda cell: len(pairs(cell) & missing))
+        best = max(
+            candidates, key=lambda cell: (len(met(cell) & missing), -sum(used[value] for value in values(cell)))
+        )
         chosen.append(best)
-        missing -= pairs(best)
+        missing -= met(best)
+        used.update(values(best))
     return chosen
+
+
+def tested() -> list[Cell]:
+    """The cells that the tests take: each pair of values."""
+    return cover(cells(), together=2)
+
+
+def staged() -> list[str]:
+    """Rows of the table: of each mesh and schedule all its cells."""
+    rows = []
+    for mesh, schedule in itertools.product(PIPELINE_MESHES, schedules.names()):
+        found = [_result(cell) for cell in pipelines(mesh) if cell.schedule == schedule]
+        lines, same = sum(cell["lines"] for cell in found), sum(cell["equal"] for cell in found)
+        errors = [cell["error"] for cell in found if cell["error"] is not None]
+        rows.append(
+            f"| {schedule} | {mesh} | {len(found)} | {same:,} of {lines:,} | {sum(len(c['unexplained']) for c in found)} "
+            f"| {f'{max(errors):.1e}' if errors else 'not run'} |"
+        )
+    return rows
+
+
+def tested_pipelines(mesh: str) -> list[Cell]:
+    """The cells with a pipeline that the tests take: where they run every pair of values, elsewhere every value."""
+    return cover(pipelines(mesh), 2 if mesh == "cpu:8" else 1, PIPELINE_COLUMNS)
 
 
 def run(cell: Cell) -> dict[str, Any]:
     """Checks one cell in this process, whose environment must be prepared for the cell's target."""
     from jaxllm.check import check, resolve
-    from jaxllm.spec.layout import Layout
     from jaxllm.spec.machine import Machine
     from jaxllm.spec.model import ModelConfig
 
     model, layout, mesh = ModelConfig.load(cell.model), Layout.parse(cell.layout), Machine.load(cell.mesh)
     workload = resolve(model, layout, mesh, None, cell.sequence, cell.precision)
-    comparison = check(model, layout, mesh, workload)
+    comparison = check(model, layout, mesh, workload, run=bool(cell.schedule) and mesh.target == "cpu")
     return {
         "lines": len(comparison.rows),
         "equal": sum(row.status == "equal" for row in comparison.rows),
         "bad": [f"{row.label}: {row.predicted} / {row.compiled}" for row in comparison.rows if row.status != "equal"],
         "unexplained": list(comparison.unexplained),
+        "matmuls": [note for note in comparison.notes if note.startswith("emitted: matmuls")],
         "rules": sorted({rule.name for row in comparison.rows for rule in row.rules}),
         "peak": [comparison.peak.predicted, comparison.peak.compiled],
+        "error": comparison.run.max_relative_error if comparison.run else None,
         "seconds": dict(comparison.seconds),
     }
 
@@ -190,15 +264,15 @@ def table() -> str:
     import jax
 
     small, total, equal = [], 0, 0
-    for mesh, precisions in MESHES.items():
+    for model, (mesh, precisions) in itertools.product(MODELS, MESHES.items()):
         for precision, degrees in itertools.product(precisions, DEGREES):
-            found = [_result(c) for c in cells(mesh) if (c.precision, c.degrees) == (precision, degrees)]
+            found = [_result(c) for c in cells(mesh) if (c.model, c.precision, c.degrees) == (model, precision, degrees)]
             lines, same = sum(cell["lines"] for cell in found), sum(cell["equal"] for cell in found)
             rules = sorted({rule for cell in found for rule in cell["rules"]})
             unexplained = sum(len(cell["unexplained"]) for cell in found)
             total, equal = total + lines, equal + same
             small.append(
-                f"| {mesh} | {precision} | {degrees} | {len(found)} | {same:,} of {lines:,} | {unexplained} "
+                f"| {model} | {mesh} | {precision} | {degrees} | {len(found)} | {same:,} of {lines:,} | {unexplained} "
                 f"| {', '.join(rules) or '-'} |"
             )
     large = []
@@ -216,13 +290,21 @@ def table() -> str:
             "",
             f"Written by `make grid` on Python {platform.python_version()} with jax {jax.__version__}.",
             "",
-            f"**{MODEL}: {equal:,} of {total:,} lines are equal.** A line is one kind of memory, the matmuls of one "
+            f"**Small models: {equal:,} of {total:,} lines are equal.** A line is one kind of memory, the matmuls of one "
             "phase, or one kind of collective over some mesh axes in one phase, in payload and wire bytes. Each row is "
             "over ZeRO stages 0 to 3, remat none and full, 1 and 4 microbatches.",
             "",
-            "| mesh | precision | degrees | cells | equal lines | unexplained | rules |",
-            "|---|---|---|---|---|---|---|",
+            "| model | mesh | precision | degrees | cells | equal lines | unexplained | rules |",
+            "|---|---|---|---|---|---|---|---|",
             *small,
+            "",
+            f"**Pipelines**: every schedule over {', '.join(PIPELINE_DEGREES)}, ZeRO stages 0 to 3, as many microbatches as "
+            "stages P, 2P, and P + 1, in turns with remat none and full and with the small models. On emulated devices three "
+            "steps are taken and compared with the unsharded reference; for the other meshes a pairwise cover is compiled.",
+            "",
+            "| schedule | mesh | cells | equal lines | unexplained | largest error of the run |",
+            "|---|---|---|---|---|---|",
+            *staged(),
             "",
             "**Real models**, bf16-f32, remat=full, one sequence for each device along data. The peak of the closed "
             "form is an estimate; every other line is exact. Compiled, not run.",

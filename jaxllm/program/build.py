@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -14,14 +14,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxllm.program import optimizer
-from jaxllm.model import Llama
-from jaxllm.program.gradient import BATCH, gradients, mean_loss
-from jaxllm.program.sharding import DTYPES, held_specs, is_placement, place, plain_tree, state_specs
+from jaxllm.model import family
+from jaxllm.program import gradient, optimizer, pipeline
+from jaxllm.program.gradient import BATCH
+from jaxllm.program.sharding import DTYPES, Placement, held_specs, is_placement, place, plain_tree, state_specs
 from jaxllm.spec.errors import SpecError
 from jaxllm.spec.layout import Layout
 from jaxllm.spec.model import ModelConfig
 from jaxllm.spec.workload import Workload
+from jaxllm.theory.partition import stages_of
+from jaxllm.theory.stages import Stages
 
 Tree = Any
 
@@ -48,10 +50,26 @@ def on_mesh(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*(dim(entry) for entry in spec))
 
 
-def padded(value: jax.Array, like: Any) -> jax.Array:
-    """The value, filled up with zeros to the shape of `like`, in its dtype."""
+def arranged(value: Any, place: Placement, like: Any) -> Any:
+    """A parameter in the model's own shape as the mesh holds it: rows in the order of the stages, zeros where nothing
+    is, in the shape and dtype of `like`. For arrays of JAX or NumPy."""
+    numpy = np if isinstance(value, np.ndarray) else jnp
+    if place.rows is not None:
+        stack = value if len(value.shape) == len(place.shape) else value[None]
+        filled = numpy.asarray([row >= 0 for row in place.rows]).reshape(-1, *[1] * (len(stack.shape) - 1))
+        value = numpy.where(filled, stack[numpy.maximum(numpy.asarray(place.rows), 0)], 0)
     rows = [(0, held - size) for held, size in zip(like.shape, value.shape, strict=True)]
-    return jnp.pad(value, rows).astype(like.dtype)
+    return numpy.pad(value, rows).astype(like.dtype)
+
+
+def natural(value: jax.Array, place: Placement) -> jax.Array:
+    """The inverse of `arranged`: a parameter as the mesh holds it in the model's own shape."""
+    if place.rows is not None:
+        layers = 1 + max(place.rows)
+        value = value[np.asarray([place.rows.index(layer) for layer in range(layers)])]
+        if len(place.logical_shape) < len(place.shape):
+            value = value[0]
+    return value[tuple(slice(size) for size in place.logical_shape)]
 
 
 @dataclass(frozen=True)
@@ -59,9 +77,9 @@ class Built:
     """A training step over a mesh.
 
     step       jitted (parameters, optimizer, batch) -> (parameters, optimizer, metrics); state is donated
-    gradients  jitted (parameters, batch) -> (loss, gradients as the optimizer receives them), not clipped
     loss       jitted (parameters, batch) -> loss, by the forward pass alone
     arguments  abstract parameters, optimizer and batch, with their shardings
+    stages     of a pipeline, None without one
     places     how each parameter is sliced
     """
 
@@ -69,6 +87,7 @@ class Built:
     layout: Layout
     workload: Workload
     mesh: Mesh
+    stages: Stages | None
     places: Tree
     arguments: tuple[Tree, Tree, Tree]
     learning_rate: float
@@ -90,6 +109,8 @@ class Built:
     def _on_each_device(self, body: Any, out_specs: Any) -> Any:
         """A function of local parameters and batch, as one of global arrays."""
         body = partial(body, config=self.model, layout=self.layout, workload=self.workload, places=self.places)
+        if self.stages is not None:
+            body = partial(body, stages=self.stages)
         rows = on_mesh(PartitionSpec(None, BATCH, None), self.mesh)
         return jax.shard_map(
             body,
@@ -101,7 +122,11 @@ class Built:
 
     def _gradients(self, parameters: Tree, batch: Tree) -> tuple[jax.Array, Tree, jax.Array]:
         out_specs = (PartitionSpec(), self._specs[1], PartitionSpec())
-        return self._on_each_device(gradients, out_specs)(parameters, batch)
+        return self._on_each_device(self._program.gradients, out_specs)(parameters, batch)
+
+    @property
+    def _program(self) -> Any:
+        return gradient if self.stages is None else pipeline
 
     @cached_property
     def step(self) -> Any:
@@ -131,24 +156,21 @@ class Built:
         return jax.jit(train_step, donate_argnums=(0, 1), keep_unused=True, out_shardings=shardings)
 
     @cached_property
-    def gradients(self) -> Any:
-        return jax.jit(lambda parameters, batch: self._gradients(parameters, batch)[:2])
-
-    @cached_property
     def loss(self) -> Any:
-        return jax.jit(self._on_each_device(mean_loss, PartitionSpec()))
+        return jax.jit(self._on_each_device(self._program.mean_loss, PartitionSpec()))
 
     def init_parameters(self, seed: int) -> Tree:
-        """Parameters on the mesh, random by the seed: the same ones whatever the layout, padding zero."""
+        """Parameters on the mesh, random by the seed: the same ones whatever the layout, but for the last bit of some
+        where a device draws an odd number of them, and zeros where nothing is."""
         # On a mesh of automatic axes, so that each device draws its own slice and none of them all.
         automatic = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=(AxisType.Auto,) * len(self.axes))
         shardings = jax.tree.map(lambda leaf: NamedSharding(automatic, leaf.sharding.spec), self.arguments[0])
 
         @partial(jax.jit, out_shardings=shardings)
         def init() -> Tree:
-            drawn = plain_tree(nnx.state(Llama(self.model, rngs=nnx.Rngs(seed)), nnx.Param))
+            drawn = plain_tree(nnx.state(family(self.model).model(self.model, rngs=nnx.Rngs(seed)), nnx.Param))
             values = jax.tree.map(lambda leaf: leaf.get_value(), drawn, is_leaf=lambda node: isinstance(node, nnx.Variable))
-            return jax.tree.map(padded, values, self.arguments[0])
+            return jax.tree.map(arranged, values, self.places, self.arguments[0])
 
         return jax.device_put(init(), self._shardings(self.arguments[0]))
 
@@ -169,26 +191,48 @@ class Built:
     def _shardings(tree: Tree) -> Tree:
         return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
-    def logical_shape(self, path: tuple[Any, ...], leaf: Any) -> tuple[int, ...]:
-        """The shape of a leaf of parameters, optimizer or batch without the padding of the vocabulary.
-
-        A leaf of the optimizer's state ends in the path of its parameter.
-        """
+    def place_of(self, path: tuple[Any, ...]) -> Placement | None:
+        """The placement of a leaf of parameters or optimizer, whose path ends in that of its parameter; None for others."""
         for tail, place in jax.tree_util.tree_leaves_with_path(self.places, is_leaf=is_placement):
             if path[-len(tail) :] == tail:
-                return place.logical_shape
-        return tuple(leaf.shape)
+                return place
+        return None
+
 
     @property
     def logical_bytes(self) -> dict[str, int]:
         """Bytes per device of each argument, by XLA's name for it, without the padding of the vocabulary."""
-        sizes: dict[str, int] = {}
+        return {name: size for name, size, _ in self._sizes()}
+
+    @property
+    def needed_bytes(self) -> dict[str, tuple[int, ...]]:
+        """Of those the bytes that each stage of a pipeline needs; empty without one."""
+        if self.stages is None:
+            return {}
+        count = self.stages.schedule.stages
+
+        def needed(size: int, rows: tuple[int, ...]) -> tuple[int, ...]:
+            each = len(rows) // count
+            return tuple(
+                size * sum(row >= 0 for row in rows[stage * each :][:each]) // each for stage in range(count)
+            )
+
+        return {
+            name: needed(size, place.rows) if place is not None else (size,) * count
+            for name, size, place in self._sizes()
+        }
+
+    def _sizes(self) -> Iterator[tuple[str, int, Placement | None]]:
+        """(XLA's name, bytes per device without the padding of the vocabulary, placement) of each argument."""
         for name, tree in zip(("parameters", "optimizer", "batch"), self.arguments, strict=True):
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-                logical = math.prod(self.logical_shape(path, leaf))
-                sizes[name + jax.tree_util.keystr(path)] = size * logical // math.prod(leaf.shape)
-        return sizes
+                place = self.place_of(path)
+                if place is not None:
+                    # Of one row, in a pipeline: its rows are those of stages, and none of them is cut.
+                    held = leaf.shape if place.rows is None else leaf.shape[1:]
+                    size = size * math.prod(place.logical_shape[-len(held) :]) // math.prod(held)
+                yield name + jax.tree_util.keystr(path), size, place
 
 
 def build(
@@ -207,7 +251,8 @@ def build(
     Raises SpecError when the degrees are not the mesh, or the batch leaves no whole sequence.
     """
     mesh = device_mesh(layout, devices)
-    places = place(model, layout)
+    stages = stages_of(model, layout, workload)
+    places = place(model, layout, stages)
     sequences = workload.sequences_per_device(layout) * layout.replica * layout.data
     dtype = DTYPES[workload.dtypes.parameters]
 
@@ -233,6 +278,7 @@ def build(
         layout=layout,
         workload=workload,
         mesh=mesh,
+        stages=stages,
         places=places,
         arguments=(parameters, state, {"tokens": tokens, "targets": tokens}),
         learning_rate=learning_rate,

@@ -19,9 +19,16 @@ def present(axes: Iterable[str]) -> tuple[str, ...]:
     return tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in wanted)
 
 
+def varying(x: Any) -> frozenset[str]:
+    """The axes that an array, or the type of one, varies over."""
+    kind = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
+    return kind.manual_axis_type.varying
+
+
 def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
-    """x, seen as varying over the axes; free forward, a sum over them backward."""
-    return lax.pcast(x, names, to="varying") if (names := present(axes)) else x
+    """x, seen as varying over the axes too; free forward, a sum over those that are new backward."""
+    names = [axis for axis in present(axes) if axis not in varying(x)]
+    return lax.pcast(x, tuple(names), to="varying") if names else x
 
 
 def total(x: jax.Array, axes: Iterable[str]) -> jax.Array:

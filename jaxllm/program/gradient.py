@@ -2,7 +2,7 @@
 
 Forward and backward pass are written out as loops over microbatches and layers, for three reasons, each measured:
 the gradient accumulator is updated in place (autodiff of a scan stacks a second full-size gradient beside it), the
-forward pass saves exactly what `SAVED` declares, and every collective stands where ZeRO's table puts it on all three
+forward pass saves exactly what the family declares, and every collective stands where ZeRO's table puts it on all three
 compilers. Derivatives inside a block are JAX's own. docs/design.md has the figures.
 """
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxllm.model import SAVED, Block, Shards, cross_entropy, lookup, rms_norm, rotary
+from jaxllm.model import Shards, cross_entropy, family
 from jaxllm.program import collectives as mesh
 from jaxllm.program.sharding import DTYPES, Placement, is_placement
 from jaxllm.spec.layout import Layout
@@ -82,7 +82,7 @@ def gradients(
         compute=DTYPES[dtypes.compute],
         places=places,
     )
-    zeros = partial(_accumulator, dtype=DTYPES[dtypes.gradients], layout=layout)
+    zeros = partial(zeros_like_gradient, dtype=DTYPES[dtypes.gradients], layout=layout)
     with jax.named_scope("gradients"):
         start = jax.tree.map(zeros, parameters, places)
     (accumulator, loss), _ = lax.scan(
@@ -93,11 +93,11 @@ def gradients(
         # because a fence around all would give every leaf the axes of the most varying one.
         accumulator = jax.tree.map(lax.optimization_barrier, accumulator)
     with jax.named_scope("backward"):
-        reduced = _reduce_once(accumulator, places, layout)
+        reduced = reduce_once(accumulator, places, layout)
     with jax.named_scope("forward"):
         loss = mesh.total(loss, BATCH)
     with jax.named_scope("update"):
-        norm = _global_norm(reduced, places, layout)
+        norm = global_norm(reduced, places, layout)
     return loss, reduced, norm
 
 
@@ -111,20 +111,18 @@ def mean_loss(
     places: Tree,
 ) -> jax.Array:
     """Local parameters and batch (microbatches, b, t) -> the step's loss, by its forward pass alone. Inside shard_map."""
-    gather = partial(_gather, layout=layout, compute=DTYPES[workload.dtypes.compute])
-    apply = _block(config)
-    rope = rotary(config, workload.sequence)
+    gather = partial(prepared, layout=layout, compute=DTYPES[workload.dtypes.compute])
+    apply = _block(config, workload.sequence)
 
     def microbatch(loss: jax.Array, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         tokens, targets = batch
         outer = {key: gather(parameters[key], place) for key, place in places.items() if key != "layers"}
 
         def layer(x: jax.Array, weights: Tree) -> tuple[jax.Array, None]:
-            return apply(jax.tree.map(partial(gather, layer=True), weights, places["layers"]), x, rope), None
+            return apply(jax.tree.map(partial(gather, layer=True), weights, places["layers"]), x), None
 
-        y, _ = lax.scan(layer, lookup(outer["embed"], tokens, SHARDS), parameters["layers"])
-        head = outer["embed" if config.tied else "head"]
-        return loss + _loss(y, outer["final_norm"], head, targets, config), None
+        y, _ = lax.scan(layer, _embed(_entry(outer, config), tokens, config), parameters["layers"])
+        return loss + summed_loss(y, _exit(outer, config), targets, config), None
 
     start = mesh.vary(jnp.float32(0.0), BATCH)
     loss, _ = lax.scan(microbatch, start, (batch["tokens"], batch["targets"]))
@@ -149,14 +147,13 @@ def _microbatch(
     """Adds one microbatch's gradients to the accumulator and its loss to the loss."""
     accumulator, loss = carry
     tokens, targets = batch
-    gather = partial(_gather, layout=layout, compute=compute)
-    apply = _block(config)
-    rope = rotary(config, tokens.shape[-1])
-    saved_names = SAVED if layout.remat == "none" else ()
+    gather = partial(prepared, layout=layout, compute=compute)
+    apply = _block(config, tokens.shape[-1])
+    saved_names = family(config).saved if layout.remat == "none" else ()
 
     with jax.named_scope("forward"):
         outer = {key: gather(parameters[key], place) for key, place in places.items() if key != "layers"}
-        x, embed_vjp = jax.vjp(lambda table: lookup(table, tokens, SHARDS), outer["embed"])
+        x, embed_vjp = jax.vjp(lambda entry: _embed(entry, tokens, config), _entry(outer, config))
 
         def forward(x: jax.Array, weights: Tree) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
             saved: Tree = {}
@@ -167,16 +164,15 @@ def _microbatch(
                 return value
 
             weights = jax.tree.map(partial(gather, layer=True), weights, places["layers"])
-            return apply(weights, x, rope, save), (x, saved)
+            return apply(weights, x, save), (x, saved)
 
         y, (inputs, saved) = lax.scan(forward, x, parameters["layers"])
-        head_names = ("final_norm", "embed" if config.tied else "head")
         micro_loss, head_vjp = jax.vjp(
-            lambda y, *head: _loss(y, *head, targets, config) * scale, y, *(outer[name] for name in head_names)
+            lambda y, last: summed_loss(y, last, targets, config) * scale, y, _exit(outer, config)
         )
 
     with jax.named_scope("backward"):
-        dy, *head_gradients = head_vjp(mesh.vary(jnp.float32(1.0), BATCH))
+        dy, outer_gradients = head_vjp(mesh.vary(jnp.float32(1.0), BATCH))
 
         def backward(carry: tuple[jax.Array, Tree], layer: Any) -> tuple[tuple[jax.Array, Tree], None]:
             dy, accumulator = carry
@@ -186,21 +182,20 @@ def _microbatch(
             def save(name: str, value: jax.Array) -> jax.Array:
                 return substitute(value, saved[name]) if name in saved_names else value
 
-            _, vjp = jax.vjp(lambda weights, x: apply(weights, x, rope, save), weights, x)
+            _, vjp = jax.vjp(lambda weights, x: apply(weights, x, save), weights, x)
             gradient, dx = vjp(dy)
-            add = partial(_accumulate_layer, index=index, layout=layout)
+            add = partial(accumulate_layer, index=index, layout=layout)
             return (dx, jax.tree.map(add, accumulator, gradient, places["layers"])), None
 
         layers = (parameters["layers"], inputs, saved, jnp.arange(config.layers))
         (dx, layer_accumulator), _ = lax.scan(backward, (dy, accumulator["layers"]), layers, reverse=True)
 
-        outer_gradients = dict(zip(head_names, head_gradients, strict=True))
-        (embed_gradient,) = embed_vjp(dx)
+        (entry_gradients,) = embed_vjp(dx)
         if config.tied:
-            embed_gradient = embed_gradient + outer_gradients["embed"]
-        outer_gradients["embed"] = embed_gradient
+            entry_gradients["embed"] = entry_gradients["embed"] + outer_gradients["embed"]
+        outer_gradients |= entry_gradients
         total = {
-            key: accumulator[key] + _reduce_each(gradient, places[key], accumulator[key].dtype, layout)
+            key: accumulator[key] + reduce_each(gradient, places[key], accumulator[key].dtype, layout)
             for key, gradient in outer_gradients.items()
         }
     return (total | {"layers": layer_accumulator}, loss + micro_loss), None
@@ -220,9 +215,8 @@ def _autodiff_microbatch(
     """The same by plain autodiff of the loss (remat=jax): JAX chooses what is saved."""
     accumulator, loss = carry
     tokens, targets = batch
-    apply = _block(config)
-    rope = rotary(config, tokens.shape[-1])
-    gather = partial(_gather, layout=layout, compute=compute)
+    apply = _block(config, tokens.shape[-1])
+    gather = partial(prepared, layout=layout, compute=compute)
     # Gathered inside the differentiated function, so that the transpose reduces the gradients; without ZeRO 3
     # the cast to varying stays outside, or its transpose would be an all-reduce for each microbatch.
     free = (lambda w, place, layer=False: w) if layout.zero >= 3 else gather
@@ -230,14 +224,14 @@ def _autodiff_microbatch(
 
     def loss_of(parameters: Tree) -> jax.Array:
         outer = {key: inside(parameters[key], place) for key, place in places.items() if key != "layers"}
-        x = lookup(outer["embed"], tokens, SHARDS)
+        x = _embed(_entry(outer, config), tokens, config)
 
         def forward(x: jax.Array, weights: Tree) -> tuple[jax.Array, None]:
             weights = jax.tree.map(partial(inside, layer=True), weights, places["layers"])
-            return apply(weights, x, rope), None
+            return apply(weights, x), None
 
         y, _ = lax.scan(forward, x, parameters["layers"])
-        return _loss(y, outer["final_norm"], outer["embed" if config.tied else "head"], targets, config) * scale
+        return summed_loss(y, _exit(outer, config), targets, config) * scale
 
     with jax.named_scope("autodiff"):
         micro_loss, vjp = jax.vjp(loss_of, jax.tree.map(free, parameters, places))
@@ -245,27 +239,47 @@ def _autodiff_microbatch(
 
     def add(accumulated: jax.Array, gradient: jax.Array, place: Placement) -> jax.Array:
         if layout.zero == 2:
-            gradient = _reduce_each(gradient, place, accumulated.dtype, layout)
+            gradient = reduce_each(gradient, place, accumulated.dtype, layout)
         return accumulated + gradient.astype(accumulated.dtype)
 
     with jax.named_scope("backward"):
         return (jax.tree.map(add, accumulator, gradient, places), loss + micro_loss), None
 
 
-def _block(config: ModelConfig) -> Any:
-    """The block as a function of one layer's weights."""
-    definition, _ = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
+def _block(config: ModelConfig, length: int) -> Any:
+    """The block as a function of one layer's weights, for sequences of that length."""
+    kind = family(config)
+    definition, _ = nnx.split(nnx.eval_shape(lambda: kind.block(config, rngs=nnx.Rngs(0))))
+    context = kind.context(config, length)
 
-    def apply(weights: Tree, x: jax.Array, rope: Any, save: Any = lambda name, value: value) -> jax.Array:
-        return nnx.merge(definition, weights)(x, rope, SHARDS, save)
+    def apply(weights: Tree, x: jax.Array, save: Any = lambda name, value: value) -> jax.Array:
+        return nnx.merge(definition, weights)(x, context, SHARDS, save)
 
     return apply
 
 
-def _loss(y: jax.Array, norm: jax.Array, head: jax.Array, targets: jax.Array, config: ModelConfig) -> jax.Array:
+def _entry(outer: Tree, config: ModelConfig) -> Tree:
+    """Those of the weights outside the layers that make of tokens what the first layer takes."""
+    return {name: outer[name] for name in family(config).entry}
+
+
+def _exit(outer: Tree, config: ModelConfig) -> Tree:
+    """Those that make of the last layer's output the logits."""
+    return {name: outer[name] for name in (*family(config).exit, _head(config))}
+
+
+def _head(config: ModelConfig) -> str:
+    return "embed" if config.tied else "head"
+
+
+def _embed(entry: Tree, tokens: jax.Array, config: ModelConfig) -> jax.Array:
+    return family(config).embed(config, entry, tokens, SHARDS)
+
+
+def summed_loss(y: jax.Array, last: Tree, targets: jax.Array, config: ModelConfig) -> jax.Array:
     """Final norm, head and the summed cross-entropy of hidden states y (b, t, D)."""
     # Else XLA:GPU puts off the gradient of a tied head until that of the embedding is there, and keeps the logits.
-    h, head = together(SHARDS.enter(rms_norm(y, norm, config.norm_epsilon)), head)
+    h, head = together(SHARDS.enter(family(config).finish(config, last, y)), last[_head(config)])
     logits = h @ (head.T if config.tied else head)
     return cross_entropy(logits, targets, config.vocab, SHARDS)
 
@@ -278,7 +292,7 @@ def _varying(place: Placement) -> tuple[str, ...]:
     return (*BATCH, *(TENSOR if place.shared else ()))
 
 
-def _gather(weight: jax.Array, place: Placement, *, layout: Layout, compute: Any, layer: bool = False) -> jax.Array:
+def prepared(weight: jax.Array, place: Placement, *, layout: Layout, compute: Any, layer: bool = False) -> jax.Array:
     """A held weight as the compute needs it: cast, gathered under ZeRO 3, its gradient left to us to reduce."""
     weight = weight.astype(compute)
     sliced = layout.zero >= 3 and place.zero_dim is not None
@@ -287,7 +301,7 @@ def _gather(weight: jax.Array, place: Placement, *, layout: Layout, compute: Any
     return mesh.vary(weight, [axis for axis in _varying(place) if not (sliced and axis == "data")])
 
 
-def _reduce_each(gradient: jax.Array, place: Placement, dtype: Any, layout: Layout, layer: bool = False) -> jax.Array:
+def reduce_each(gradient: jax.Array, place: Placement, dtype: Any, layout: Layout, layer: bool = False) -> jax.Array:
     """What is reduced for each layer and microbatch: from ZeRO 2 on, a reduce-scatter over data."""
     gradient = gradient.astype(dtype)
     if layout.zero >= 2 and place.zero_dim is not None:
@@ -295,15 +309,15 @@ def _reduce_each(gradient: jax.Array, place: Placement, dtype: Any, layout: Layo
     return gradient
 
 
-def _accumulate_layer(accumulated: jax.Array, gradient: jax.Array, place: Placement, *, index: Any, layout: Layout):
+def accumulate_layer(accumulated: jax.Array, gradient: jax.Array, place: Placement, *, index: Any, layout: Layout):
     """Adds one layer's gradient to its row of the stacked accumulator, in place."""
-    gradient = _reduce_each(gradient, place, accumulated.dtype, layout, layer=True)
+    gradient = reduce_each(gradient, place, accumulated.dtype, layout, layer=True)
     if layout.microbatches > 1:  # else there are only zeros to add to, which need not be read
         gradient = gradient + lax.dynamic_index_in_dim(accumulated, index, 0, keepdims=False)
     return lax.dynamic_update_index_in_dim(accumulated, gradient, index, 0)
 
 
-def _reduce_once(accumulator: Tree, places: Tree, layout: Layout) -> Tree:
+def reduce_once(accumulator: Tree, places: Tree, layout: Layout) -> Tree:
     """What is reduced once a step: everything under ZeRO 0, the scatter under ZeRO 1, then what is left over replica."""
     if layout.zero == 1:
         # Layer by layer: to scatter along an inner dim of the whole stack XLA:GPU would transpose all of it first.
@@ -327,7 +341,7 @@ def _reduce_rest(gradient: jax.Array, place: Placement, layout: Layout) -> jax.A
     return mesh.total(gradient, [axis for axis in _varying(place) if not (scattered and axis == "data")])
 
 
-def _accumulator(parameter: jax.Array, place: Placement, *, dtype: Any, layout: Layout) -> jax.Array:
+def zeros_like_gradient(parameter: jax.Array, place: Placement, *, dtype: Any, layout: Layout) -> jax.Array:
     """Zeros for one parameter's gradient: whole up to ZeRO 1, this device's slice from ZeRO 2 on."""
     shape = list(parameter.shape)
     axes = set(_varying(place)) | (set(TENSOR) if place.tensor_dim is not None else set())
@@ -336,12 +350,13 @@ def _accumulator(parameter: jax.Array, place: Placement, *, dtype: Any, layout: 
     return mesh.vary(jnp.zeros(shape, dtype), axes)
 
 
-def _global_norm(reduced: Tree, places: Tree, layout: Layout) -> jax.Array:
+def global_norm(reduced: Tree, places: Tree, layout: Layout) -> jax.Array:
     """The L2 norm of all gradients: each device's squares, summed over just the axes that slice them."""
     squares: dict[tuple[str, ...], list[jax.Array]] = {}
     for gradient, place in zip(jax.tree.leaves(reduced), jax.tree.leaves(places, is_leaf=is_placement), strict=True):
         axes = ("data",) if layout.zero >= 1 and place.zero_dim is not None else ()
         axes += TENSOR if place.tensor_dim is not None else ()
+        axes = (*(("pipe",) if place.rows is not None else ()), *axes)
         squares.setdefault(axes, []).append(jnp.sum(jnp.square(gradient.astype(jnp.float32))))
     return jnp.sqrt(sum(mesh.total(sum(group), axes) for axes, group in squares.items()))
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxllm.spec.workload import Workload
@@ -69,24 +70,43 @@ def update(
     # Cast before the gather, so that what is sent is what is held.
     new = jax.tree.map(lambda parameter, value: value.astype(parameter.dtype), parameters, current)
     if held != sliced:  # ZeRO 1 and 2
-        new = _gather(parameters, new, held)
+        new = _gather(parameters, new, held, sliced)
     return new, {"adamw": adamw} | ({"master": current} if workload.dtypes.master else {})
 
 
-def _gather(parameters: Tree, new: Tree, held: Tree) -> Tree:
-    """The new slices, gathered into the place of the old parameters; stacked layers one by one.
+def _gather(parameters: Tree, new: Tree, held: Tree, sliced: Tree) -> Tree:
+    """The new slices, gathered into the place of the old parameters; what is stacked row by row.
 
-    XLA:GPU would transpose a gather of the whole stack along an inner dim, and keep it beside what it replaces.
+    XLA:GPU would transpose a gather of the whole stack along an inner dim, and keep it beside what it replaces. Each
+    device goes through the rows that it holds, which in a pipeline are those of its stage.
     """
 
-    def replace(layers: Tree, row: tuple[jax.Array, Tree]) -> tuple[Tree, None]:
-        index, slices = row
-        write = lambda old, piece, spec: jax.lax.dynamic_update_index_in_dim(  # noqa: E731
-            old, jax.reshard(piece, PartitionSpec(*spec[1:])), index, 0
-        )
-        return jax.tree.map(write, layers, slices, held["layers"]), None
+    def row(old: jax.Array, piece: jax.Array, index: Any, before: PartitionSpec, after: PartitionSpec) -> jax.Array:
+        return lax.dynamic_update_index_in_dim(old, _whole(piece, before, after, stacked=1), index, 0)
 
-    depth = jax.tree.leaves(new["layers"])[0].shape[0]
-    layers, _ = jax.lax.scan(replace, parameters["layers"], (jnp.arange(depth), new["layers"]))
-    outer = {key: jax.reshard(value, held[key]) for key, value in new.items() if key != "layers"}
-    return outer | {"layers": layers}
+    def local(parameters: Tree, new: Tree) -> Tree:
+        def replace(layers: Tree, at: tuple[jax.Array, Tree]) -> tuple[Tree, None]:
+            index, slices = at
+            write = lambda old, piece, *specs: row(old, piece, index, *specs)  # noqa: E731
+            return jax.tree.map(write, layers, slices, sliced["layers"], held["layers"]), None
+
+        depth = jax.tree.leaves(new["layers"])[0].shape[0]
+        layers, _ = lax.scan(replace, parameters["layers"], (jnp.arange(depth), new["layers"]))
+        outer = {key: _whole(piece, sliced[key], held[key]) for key, piece in new.items() if key != "layers"}
+        return outer | {"layers": layers}
+
+    # Unchecked: the types of a manual program have no way to say that what was gathered is the same on all devices.
+    return jax.shard_map(local, in_specs=(held, sliced), out_specs=held, check_vma=False)(parameters, new)
+
+
+def _whole(piece: jax.Array, before: PartitionSpec, after: PartitionSpec, stacked: int = 0) -> jax.Array:
+    """A slice of the spec `before`, gathered over the axes that `after` lacks."""
+    for dim, (had, has) in enumerate(zip(before, (*after, *[None] * (len(before) - len(after))), strict=True)):
+        lacking = [axis for axis in _axes(had) if axis not in _axes(has)]
+        if lacking:
+            piece = lax.all_gather(piece, tuple(lacking), axis=dim - stacked, tiled=True)
+    return piece
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()

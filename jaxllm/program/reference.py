@@ -19,9 +19,7 @@ from jaxllm.spec.model import ModelConfig
 
 Tree = dict[str, Any]
 
-
-def _norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
-    return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + epsilon) * weight
+B1 = 0.9  # AdamW's decay of its first moment
 
 
 def _angles(config: ModelConfig, sequence: int) -> np.ndarray:
@@ -42,25 +40,60 @@ def _rotate(x: jax.Array, angles: np.ndarray) -> jax.Array:
     return jnp.concatenate([real * cos - imaginary * sin, real * sin + imaginary * cos], -1)
 
 
-def forward(config: ModelConfig, parameters: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
-    """tokens (B, T) -> logits (B, T, V) in f32."""
-    batch, sequence = tokens.shape
-    angles = _angles(config, sequence)
-    past = np.tril(np.ones((sequence, sequence), bool))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """q, k and v (B, T, heads, H) -> (B, T, heads x H): each position looks at itself and those before it."""
+    past = np.tril(np.ones((q.shape[1], q.shape[1]), bool))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / q.shape[-1] ** 0.5
+    mixed = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(past, scores, -jnp.inf)), v)
+    return mixed.reshape(*q.shape[:2], -1)
+
+
+def _llama(config: ModelConfig, parameters: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+    """tokens (B, T) -> what the head multiplies (B, T, D)."""
+    angles = _angles(config, tokens.shape[1])
+
+    def norm(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + config.norm_epsilon) * weight
 
     def block(x: jax.Array, w: Tree) -> tuple[jax.Array, None]:
-        h = _norm(x, w["attention_norm"], config.norm_epsilon)
-        q, k, v = ((h @ w[name]).reshape(batch, sequence, -1, config.head_dim) for name in "qkv")
+        h = norm(x, w["attention_norm"])
+        q, k, v = ((h @ w[name]).reshape(*tokens.shape, -1, config.head_dim) for name in "qkv")
         k, v = (jnp.repeat(y, config.heads // config.kv_heads, 2) for y in (_rotate(k, angles), v))
-        scores = jnp.einsum("btnh,bsnh->bnts", _rotate(q, angles), k) / config.head_dim**0.5
-        heads = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(past, scores, -jnp.inf)), v)
-        x = x + heads.reshape(batch, sequence, -1) @ w["o"]
-        h = _norm(x, w["mlp_norm"], config.norm_epsilon)
+        x = x + _attend(_rotate(q, angles), k, v) @ w["o"]
+        h = norm(x, w["mlp_norm"])
         return x + (jax.nn.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"], None
 
     x, _ = jax.lax.scan(block, parameters["embed"][tokens], parameters["layers"])
-    x = _norm(x, parameters["final_norm"], config.norm_epsilon)
-    return x @ (parameters["embed"].T if config.tied else parameters["head"])
+    return norm(x, parameters["final_norm"])
+
+
+def _gpt(config: ModelConfig, parameters: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+    """tokens (B, T) -> what the head multiplies (B, T, D)."""
+
+    def norm(x: jax.Array, w: Mapping[str, Any], name: str) -> jax.Array:
+        scaled = (x - jnp.mean(x, -1, keepdims=True)) / jnp.sqrt(jnp.var(x, -1, keepdims=True) + config.norm_epsilon)
+        return scaled * w[name] + w[f"{name}_bias"]
+
+    def block(x: jax.Array, w: Tree) -> tuple[jax.Array, None]:
+        linear = lambda y, name: y @ w[name] + w[f"{name}_bias"]  # noqa: E731
+        h = norm(x, w, "attention_norm")
+        x = x + linear(_attend(*(linear(h, name).reshape(*tokens.shape, config.heads, -1) for name in "qkv")), "o")
+        h = linear(norm(x, w, "mlp_norm"), "up")
+        h = h / 2 * (1 + jnp.tanh((2 / np.pi) ** 0.5 * (h + 0.044715 * h**3)))
+        return x + linear(h, "down"), None
+
+    x = parameters["embed"][tokens] + parameters["positions"][: tokens.shape[1]]
+    x, _ = jax.lax.scan(block, x, parameters["layers"])
+    return norm(x, parameters, "final_norm")
+
+
+_HIDDEN = {"llama": _llama, "gpt": _gpt}
+
+
+def forward(config: ModelConfig, parameters: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+    """tokens (B, T) -> logits (B, T, V) in f32."""
+    hidden = _HIDDEN[config.family](config, parameters, tokens)
+    return hidden @ (parameters["embed"].T if config.tied else parameters["head"])
 
 
 def loss(config: ModelConfig, parameters: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -113,5 +146,5 @@ def _update(learning_rate: Any, parameters: Tree, state: Any, gradients: Tree) -
 
 def _optimizer(learning_rate: Any) -> optax.GradientTransformation:
     return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.1)
+        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b1=B1, b2=0.95, eps=1e-5, weight_decay=0.1)
     )

@@ -6,7 +6,7 @@ the columns of the ZeRO table in docs/step.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxllm.model import Llama
+from jaxllm.model import family
 from jaxllm.spec.layout import Layout
 from jaxllm.spec.model import ModelConfig
+from jaxllm.theory.stages import Stages
 
 # Logical dims that Megatron's tensor parallelism slices; every other dim stays whole.
 TENSOR_DIMS = ("heads", "kv_heads", "mlp", "vocab")
@@ -32,10 +33,15 @@ class Placement:
     tensor_dim: int | None
     zero_dim: int | None  # the dim that ZeRO slices; None when no dim divides, or when there is nothing to slice over
     shared: bool  # held whole by every tensor rank, yet each adds to its gradient: replicated key/value weights
+    # In a pipeline the first dim runs over the rows of all stages: the layer in each, or 0 where a stage has the weight
+    # that is outside of the layers; -1 in rows that nothing needs.
+    rows: tuple[int, ...] | None = None
 
     def spec(self, *, sliced: bool) -> PartitionSpec:
         """Its PartitionSpec, over tensor alone or over ZeRO's axis too."""
         axes: list[tuple[str, ...]] = [() for _ in self.shape]
+        if self.rows is not None:
+            axes[0] += ("pipe",)
         if self.tensor_dim is not None:
             axes[self.tensor_dim] += ("tensor",)
         if sliced and self.zero_dim is not None:
@@ -48,20 +54,47 @@ def padded_vocab(config: ModelConfig, layout: Layout) -> int:
     return -(-config.vocab // layout.tensor) * layout.tensor
 
 
-def place(config: ModelConfig, layout: Layout) -> dict[str, Any]:
+def place(config: ModelConfig, layout: Layout, stages: Stages | None = None) -> dict[str, Any]:
     """A Placement for each parameter, in the model's own tree."""
     logical = _abstract(config, config.vocab)
     padded = _abstract(config, padded_vocab(config, layout))
-    return jax.tree.map(
+    places = jax.tree.map(
         lambda param, held: _placement(param, held.get_value().shape, config, layout),
         logical,
         padded,
         is_leaf=lambda node: isinstance(node, nnx.Variable),
     )
+    if stages is None:
+        return places
+    return {key: _on_stages(key, node, config, stages) for key, node in places.items()}
+
+
+def _on_stages(key: str, node: Any, config: ModelConfig, stages: Stages) -> Any:
+    """Placements over the stages of a pipeline: layers in the order of the stages, and a row of each other weight on
+    every stage, as one program has to have it, though the first alone or the last alone uses it."""
+    if key == "layers":
+        rows = stages.held
+        return jax.tree.map(
+            lambda place: replace(place, shape=(len(rows), *place.shape[1:]), rows=rows), node, is_leaf=is_placement
+        )
+    entry = key in family(config).entry
+    owners = {stages.first} if entry else {stages.last}
+    if key == "embed" and config.tied:
+        owners = {stages.first, stages.last}
+    rows = tuple(0 if stage in owners else -1 for stage in range(stages.schedule.stages))
+
+    def on_stages(place: Placement) -> Placement:
+        inner = lambda dim: None if dim is None else dim + 1  # noqa: E731
+        return replace(
+            place, shape=(len(rows), *place.shape), stacked=True, rows=rows,
+            tensor_dim=inner(place.tensor_dim), zero_dim=inner(place.zero_dim),
+        )  # fmt: skip
+
+    return jax.tree.map(on_stages, node, is_leaf=is_placement)
 
 
 def _abstract(config: ModelConfig, vocab: int) -> dict[str, Any]:
-    model = nnx.eval_shape(lambda: Llama(config, vocab=vocab, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: family(config).model(config, vocab=vocab, rngs=nnx.Rngs(0)))
     return plain_tree(nnx.state(model, nnx.Param))
 
 

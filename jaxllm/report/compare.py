@@ -51,6 +51,13 @@ class Row:
     reason: str = ""
     predicted_terms: tuple[Term, ...] = ()
     compiled_terms: tuple[Term, ...] = ()
+    predicted_stages: tuple[int, ...] = ()  # of a pipeline, where they are not alike; else empty
+    compiled_stages: tuple[int, ...] = ()
+
+    def on_stage(self, stage: int) -> tuple[int | None, int | None]:
+        """Both authors' values on one stage of a pipeline."""
+        sides = ((self.predicted_stages, self.predicted), (self.compiled_stages, self.compiled))
+        return tuple(stages[stage] if stages else value for stages, value in sides)
 
     @property
     def label(self) -> str:
@@ -216,7 +223,8 @@ def _row(left: Line | None, right: Line | None, not_comparable: Mapping[str, str
     wire_predicted = _wire(left) if collective else None
     wire_compiled = _wire(right) if collective else None
     unknown = left if predicted is None else right if compiled is None else None
-    same = unknown is None and (predicted, wire_predicted) == (compiled, wire_compiled)
+    of_stages = tuple(() if line is None else tuple(map(operator.index, line.stages)) for line in (left, right))
+    same = unknown is None and (predicted, wire_predicted) == (compiled, wire_compiled) and of_stages[0] == of_stages[1]
     if some.name == "padding" and unknown is None and right is not None:
         # The one memory line that a rule may account for: to the byte, or it differs.
         same = same or predicted + sum(rule.bytes for rule in right.rules) == compiled
@@ -243,6 +251,8 @@ def _row(left: Line | None, right: Line | None, not_comparable: Mapping[str, str
         reason=reason,
         predicted_terms=left.terms if left is not None else (),
         compiled_terms=right.terms if right is not None else (),
+        predicted_stages=of_stages[0],
+        compiled_stages=of_stages[1],
     )
 
 

@@ -43,6 +43,8 @@ def document(comparison: Comparison, setup: Setup) -> dict[str, Any]:
         "workload": plain(setup.workload) | {"gradient_dtype": setup.workload.dtypes.gradients},
         "target": setup.target,
         "memory": [_memory(row) for row in comparison.section("memory")],
+        "pipeline": [_memory(row) for row in comparison.section("pipeline")],
+        "stages": _stages(setup),
         "flops": [_flops(row) for row in comparison.section("flops")],
         "collectives": [_collective(row) for row in comparison.section("collectives")],
         "unexplained": list(comparison.unexplained),
@@ -74,6 +76,25 @@ def plain(noun: Any) -> Any:
     if isinstance(noun, tuple | list):
         return [plain(value) for value in noun]
     return noun
+
+
+def _stages(setup: Setup) -> list[dict[str, Any]]:
+    """What each stage of a pipeline takes in a step by closed form; empty without one."""
+    from jaxllm.theory.partition import load, stages_of  # they import NumPy, which a help text should not
+
+    stages = stages_of(setup.model, setup.layout, setup.workload)
+    if stages is None:
+        return []
+    taken = load(setup.model, setup.layout, setup.workload, stages)
+    return [
+        {
+            "stage": stage,
+            "layers": [len(stages.layers(stage, chunk)) for chunk in range(stages.schedule.chunks)],
+            "flops": taken.time[stage],
+            "needed_bytes": taken.memory[stage],
+        }
+        for stage in range(stages.schedule.stages)
+    ]
 
 
 def _memory(row: Row) -> dict[str, Any]:
@@ -116,8 +137,12 @@ def _collective(row: Row) -> dict[str, Any]:
     }
 
 
-def _reason(row: Row) -> dict[str, str]:
-    return {"reason": row.reason} if row.status == NOT_COMPARABLE else {}
+def _reason(row: Row) -> dict[str, Any]:
+    """Why a line is not comparable; and what each stage of a pipeline has of it, where they are not alike."""
+    found: dict[str, Any] = {"reason": row.reason} if row.status == NOT_COMPARABLE else {}
+    if row.predicted_stages or row.compiled_stages:
+        found["stages"] = {"predicted": list(row.predicted_stages), "compiled": list(row.compiled_stages)}
+    return found
 
 
 def _rules(rules: tuple[Rule, ...]) -> list[dict[str, Any]]:

@@ -12,10 +12,10 @@ from rich.text import Text
 from jaxllm.report.compare import Comparison, Row, Setup
 from jaxllm.report.units import exact, human, percent, wrap
 from jaxllm.spec.errors import SpecError, nearest
-from jaxllm.spec.ledger import COLLECTIVES, MEMORY_LINES, Term
+from jaxllm.spec.ledger import COLLECTIVES, MEMORY_LINES, PIPELINE_LINES, Term
 
 PEAK = "peak"
-_NAMES = (*MEMORY_LINES, "matmul", *COLLECTIVES, PEAK)
+_NAMES = (*MEMORY_LINES, *PIPELINE_LINES, "ticks", "matmul", *COLLECTIVES, PEAK)
 
 
 def check_name(text: str) -> None:
@@ -39,15 +39,24 @@ def find(comparison: Comparison, text: str) -> str:
     raise SpecError(f"--explain {text}: there is no such line; the nearest are {', '.join(near or labels)}.")
 
 
-def symbols(setup: Setup) -> dict[str, Any]:
-    """The letters that the closed form is written in, with their values here."""
-    from jaxllm.theory.symbols import Symbols  # it imports NumPy, which a help text should not
+def symbols(setup: Setup, row: Row | None = None) -> dict[str, Any]:
+    """The letters that the closed form is written in, with their values here; in a pipeline on the stage that has the
+    most of a line."""
+    from jaxllm.theory.partition import stages_of  # they import NumPy, which a help text should not
+    from jaxllm.theory.symbols import Symbols
 
     s = Symbols.of(setup.model, setup.layout, setup.workload)
-    letters = "L D F N K H V r n t z m b T p c g o".split()
+    letters = "L D F N K H V r n t z m b T p c g o".split() + (["P"] if s.family == "gpt" else [])
+    more = {}
+    stages = stages_of(setup.model, setup.layout, setup.workload)
+    if stages is not None:
+        values = row.predicted_stages if row is not None else ()
+        stage = values.index(max(values)) if values else stages.first
+        s = s.on_stage(stages, stage)
+        more = {"stage": stage} | {name: getattr(s, name) for name in "R first last pipe ticks stash kept inbox depth".split()}
     values = {"B": setup.workload.batch, "Psi": setup.model.parameters} | {name: getattr(s, name) for name in letters}
     padded = -(-s.V // s.t) * s.t
-    return values | ({"V'": padded} if padded != s.V else {})
+    return values | ({"V'": padded} if padded != s.V else {}) | more
 
 
 def print_explanation(comparison: Comparison, setup: Setup, text: str, out: Console) -> None:
@@ -56,7 +65,7 @@ def print_explanation(comparison: Comparison, setup: Setup, text: str, out: Cons
     row = next((row for row in comparison.rows if row.label == label), None)
     out.print()
     _line(out, label, _status(comparison, row))
-    _line(out, "symbols", ", ".join(f"{name}={value}" for name, value in symbols(setup).items()))
+    _line(out, "symbols", ", ".join(f"{name}={value}" for name, value in symbols(setup, row).items()))
     peak = comparison.peak
     if row is None:
         sides = ((peak.predicted, None, peak.predicted_terms), (peak.compiled, None, peak.compiled_terms))
@@ -65,7 +74,7 @@ def print_explanation(comparison: Comparison, setup: Setup, text: str, out: Cons
             (row.predicted, row.wire_predicted, row.predicted_terms),
             (row.compiled, row.wire_compiled, row.compiled_terms),
         )
-    unit = "FLOPs" if row is not None and row.section == "flops" else "bytes"
+    unit = {"flops": "FLOPs", "pipeline": "ticks"}.get(row.section if row is not None else "", "bytes")
     for author, (value, wire, terms) in zip(comparison.authors, sides, strict=True):
         out.print()
         _line(out, author, _figures(value, wire, unit))
@@ -85,7 +94,7 @@ def explanation(comparison: Comparison, setup: Setup, text: str) -> dict[str, An
     source = comparison.peak if row is None else row
     return {
         "line": label,
-        "symbols": symbols(setup),
+        "symbols": symbols(setup, row),
         "predicted": [_plain(term) for term in source.predicted_terms],
         "compiled": [_plain(term) for term in source.compiled_terms],
         "rules": [
@@ -108,6 +117,8 @@ def _status(comparison: Comparison, row: Row | None) -> str:
 def _figures(value: int | None, wire: int | None, unit: str) -> str:
     if value is None:
         return "unknown"
+    if unit not in ("bytes", "FLOPs"):
+        return f"{exact(value)} {unit}"
     short = human(value, "B" if unit == "bytes" else "FLOP")
     if wire is None:
         return f"{exact(value)} {unit} ({short})"

@@ -6,13 +6,15 @@ In a ledger made by `predict` over arrays of layouts a value is an array with on
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-SECTIONS = ("memory", "flops", "collectives")
+SECTIONS = ("memory", "pipeline", "flops", "collectives")
 PHASES = ("forward", "recompute", "backward", "update")
 MEMORY_LINES = ("parameters", "optimizer", "batch", "gradients", "residuals", "padding", "host")
+# Of a pipeline: buffers of its schedule, and what each stage allocates only because another one needs it.
+PIPELINE_LINES = ("stash", "weight_stash", "inbox", "uniform")
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "permute")
 
 DTYPE_BYTES = {
@@ -45,9 +47,10 @@ class Rule:
 class Line:
     """One line of a ledger.
 
-    `value` is bytes (memory), FLOPs (flops) or payload bytes (collectives); for collectives `wire` is what
+    `value` is bytes (memory), FLOPs (flops), payload bytes (collectives) or a number (pipeline); for collectives `wire` is what
     a device sends in a ring and `count` how many times a collective runs. `emitted` is known to a compiler only:
-    the payload in the optimised module. `value` None means that this author cannot know it, and `reason` says why.
+    the payload in the optimised module. `stages` has the value on each stage of a pipeline where they are not alike, and
+    `value` is then that of the stage with the most. `value` None means that this author cannot know it, and `reason` says why.
     """
 
     section: str
@@ -62,11 +65,16 @@ class Line:
     terms: tuple[Term, ...] = ()
     rules: tuple[Rule, ...] = ()
     reason: str = ""
+    stages: tuple[Any, ...] = ()
 
     @property
     def key(self) -> tuple:
         """What a line of the other ledger must share to be compared with this one."""
         return (self.section, self.name, self.phase, self.axes, self.dtype)
+
+    def on_stage(self, stage: int) -> Any:
+        """The value on one stage of a pipeline."""
+        return self.stages[stage] if self.stages else self.value
 
     @property
     def label(self) -> str:
@@ -109,13 +117,32 @@ def wire_bytes(kind: str, payload: Any, n: Any) -> Any:
     """Bytes that one device sends when `payload` goes round a ring of `n` (bandwidth-optimal ring algorithms).
 
     The payload is the output of an all-gather, the input of a reduce-scatter, and the buffer of the others.
-    All-gather, reduce-scatter and all-to-all send (n-1)/n of it, an all-reduce twice that, a permute all of it.
+    All-gather, reduce-scatter and all-to-all send (n-1)/n of it, an all-reduce twice that, a permute, a broadcast and a
+    send all of it.
     Payloads are multiples of n where a collective exists, so the division is exact but for scalars, which round down.
     """
-    if kind == "permute":
+    if kind in ("permute", "broadcast", "send"):
         return payload
     once = payload * (n - 1) // n
     return payload * 2 * (n - 1) // n if kind == "all-reduce" else once
+
+
+def by_stage(stages: Sequence[Iterable[Line]]) -> tuple[Line, ...]:
+    """The lines of all stages of a pipeline as one ledger has them: of each key that of the stage with the most."""
+    keyed = [{line.key: line for line in merge(lines)} for lines in stages]
+    found = []
+    for key in dict.fromkeys(key for lines in keyed for key in lines):
+        values = tuple(lines[key].value if key in lines else 0 for lines in keyed)
+        most = keyed[values.index(max(values))][key]
+        found.append(replace(most, stages=values if len(set(values)) > 1 else ()))
+    return tuple(found)
+
+
+def _stages(*lines: Line) -> tuple[Any, ...]:
+    """The values on each stage of lines that are added up."""
+    count = max(len(line.stages) for line in lines)
+    each = [line.stages or (line.value,) * count for line in lines]
+    return tuple(sum(values) for values in zip(*each, strict=True)) if count else ()
 
 
 def merge(lines: Iterable[Line]) -> tuple[Line, ...]:
@@ -135,6 +162,7 @@ def merge(lines: Iterable[Line]) -> tuple[Line, ...]:
             dtype=line.dtype,
             wire=old.wire + line.wire,
             count=old.count + line.count,
+            stages=_stages(old, line),
             emitted=None if old.emitted is None and line.emitted is None else (old.emitted or 0) + (line.emitted or 0),
             terms=old.terms + line.terms,
             rules=old.rules + line.rules,

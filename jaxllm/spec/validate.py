@@ -10,8 +10,8 @@ from jaxllm.spec.workload import Workload
 
 # The longest default sequence: models that take 128k tokens are seldom trained on them from the start.
 DEFAULT_SEQUENCE = 4096
-# The model for trying things out is meant to run on emulated devices within seconds.
-SHORT_SEQUENCES = {"llama-tiny": 128}
+# The models for trying things out are meant to run on emulated devices within seconds.
+SHORT_SEQUENCES = {"llama-tiny": 128, "gpt-tiny": 128}
 
 
 def default_batch(layout: Layout) -> int:
@@ -20,7 +20,7 @@ def default_batch(layout: Layout) -> int:
 
 
 def default_sequence(model: Any) -> int:
-    """The model's longest sequence, up to 4,096 tokens; 128 for llama-tiny."""
+    """The model's longest sequence, up to 4,096 tokens; 128 for llama-tiny and gpt-tiny."""
     return min(model.max_sequence, SHORT_SEQUENCES.get(model.name, DEFAULT_SEQUENCE))
 
 
@@ -36,8 +36,8 @@ def validate_devices(layout: Layout, mesh_devices: int) -> None:
     """The degrees multiply to the mesh's size. Raises SpecError."""
     if layout.devices == mesh_devices:
         return
-    degrees = " x ".join(f"{axis} {degree}" for axis, degree in layout.degrees.items())
-    rest = layout.replica * layout.tensor
+    degrees = " x ".join(f"{axis} {n}" for axis, n in layout.degrees.items() if n > 1 or axis != "pipe")
+    rest = layout.pipe * layout.replica * layout.tensor
     if mesh_devices % rest == 0:
         way = f"data={mesh_devices // rest} would fill it"
     else:

@@ -66,6 +66,32 @@ def lower(built: Any) -> Lowered:
     return Lowered(built, stages, time.perf_counter() - start)
 
 
+@dataclass(frozen=True)
+class Dumped:
+    """What the compiler made of anybody's program: the folder of XLA's protos, and what the compiler said meanwhile."""
+
+    folder: tempfile.TemporaryDirectory[str]
+    executable: Any
+    compiler: str
+    said: str
+    seconds: float
+
+
+def compile_any(lowered: Any, compiler: str) -> Dumped:
+    """Compiles a jax.stages.Lowered. Raises TargetError when the compiler refuses it."""
+    folder = tempfile.TemporaryDirectory(prefix=f"jaxllm-{os.getpid()}-", ignore_cleanup_errors=True)
+    options = {"xla_dump_to": folder.name, "xla_dump_hlo_as_proto": True}
+    start = time.perf_counter()
+    with quiet() as said, _afresh():
+        try:
+            executable = lowered.compile(compiler_options=options)
+        except Exception as error:
+            text = memory_message(str(error)) if _is_memory(str(error)) else first_line(error)
+            raise TargetError(f"XLA:{compiler.upper()} refused the program: {text}") from error
+        heard = said()
+    return Dumped(folder, executable, compiler, heard, time.perf_counter() - start)
+
+
 def compile(program: Any, progress: Callable[[str], None] = lambda message: None) -> Compiled:
     """Compiles a step that `build` made, or that `lower` has lowered already. `progress` hears of a long one.
 

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO
 
@@ -105,20 +105,23 @@ def _try_flags() -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Iterator[Callable[[], str]]:
     """Keeps what native code writes to standard output and error out of sight: XLA and gloo do whatever they are told.
 
-    Python's own sys.stdout and sys.stderr go on to the terminal. When the block raises, the last lines are attached as
-    a note.
+    Python's own sys.stdout and sys.stderr go on to the terminal. What is given tells, inside the block, what has been
+    kept so far. When the block raises, its last lines are attached as a note.
     """
     with tempfile.TemporaryFile() as hidden:
+
+        def said() -> str:
+            size = os.fstat(hidden.fileno()).st_size  # native code writes through the same position
+            return os.pread(hidden.fileno(), size, 0).decode(errors="replace")
+
         try:
             with _diverted(1, "stdout", hidden), _diverted(2, "stderr", hidden):
-                yield
+                yield said
         except Exception as error:
-            hidden.seek(0)
-            lines = hidden.read().decode(errors="replace").splitlines()
-            error.add_note("\n".join(lines[-20:]))
+            error.add_note("\n".join(said().splitlines()[-20:]))
             raise
 
 

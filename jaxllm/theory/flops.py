@@ -7,7 +7,7 @@ remat=full computes a block again but for its last matmul, whose output nobody n
 from __future__ import annotations
 
 from jaxllm.spec.ledger import Line, Term
-from jaxllm.theory.activations import kv_heads
+from jaxllm.theory.products import products
 from jaxllm.theory.state import add
 from jaxllm.theory.symbols import BOOK, Symbols, reference
 
@@ -16,20 +16,16 @@ def lines(s: Symbols) -> tuple[Line, ...]:
     """Matmul FLOPs of the forward pass, the recomputation and the backward pass."""
     tokens = s.m * s.b * s.T
     padded = -(-s.V // s.t)
-    block = {
-        "q": (2 * s.D * s.N * s.H // s.t, "2 D N H/t"),
-        "k": (2 * s.D * kv_heads(s) * s.H, "2 D max(K/t, 1) H"),
-        "v": (2 * s.D * kv_heads(s) * s.H, "2 D max(K/t, 1) H"),
-        "scores": (2 * s.T * s.N * s.H // s.t, "2 T N H/t"),
-        "attention": (2 * s.T * s.N * s.H // s.t, "2 T N H/t"),
-        "o": (2 * s.D * s.N * s.H // s.t, "2 D N H/t"),
-        "gate": (2 * s.D * s.F // s.t, "2 D F/t"),
-        "up": (2 * s.D * s.F // s.t, "2 D F/t"),
-        "down": (2 * s.D * s.F // s.t, "2 D F/t"),
-    }
+    block = {}
+    for product in products(s):
+        if product.name == "o":
+            square = (2 * s.T * s.N * s.H // s.t, "2 T N H/t")
+            block |= {"scores": square, "attention": square}
+        other = product.leaves if product.column else product.enters
+        block[product.name] = (2 * s.D * other.size, f"2 D {other.formula}")
     source = reference(BOOK, "chapter 4, transformer FLOPs")
     forward = tuple(Term(name, s.L * tokens * each, f"L m b T {text}", source) for name, (each, text) in block.items())
-    forward += (Term("head", tokens * 2 * s.D * padded, "m b T 2 D V'/t", source),)
+    forward += (Term("head", s.last * tokens * 2 * s.D * padded, "m b T 2 D V'/t", source),)
     recompute = tuple(
         Term(term.label, s.full * term.value, f"{term.detail}, as remat=full", source)
         for term in forward

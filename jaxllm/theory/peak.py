@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from jaxllm.spec.ledger import Line, Term
-from jaxllm.theory.activations import kv_heads
 from jaxllm.theory.parameters import OUTER, weights
+from jaxllm.theory.products import products
 from jaxllm.theory.state import add
 from jaxllm.theory.symbols import Symbols
 
@@ -34,7 +34,8 @@ def _block(s: Symbols) -> tuple[Term, ...]:
     """A block's backward pass: attention square, activations and their gradients, weights and theirs."""
     layer = add(weight.whole for weight in weights(s) if weight.name not in OUTER)
     rows = s.b * s.T
-    stream = 4 * s.D + 2 * s.N * s.H // s.t + 2 * kv_heads(s) * s.H + 4 * s.F // s.t
+    width = {product.name: product.leaves.size for product in products(s)}
+    stream = 4 * s.D + 2 * (width["q"] + width["k"]) + 4 * width["up"]
     return (
         Term("scores and their gradients", rows * s.T * (s.N // s.t) * (4 + 2 * s.c), "b N/t T^2 (4 + 2 c)"),
         Term("activations and their gradients", rows * stream * s.c, "b T (4 D + 2 (N + K) H/t + 4 F/t) c"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,42 +16,57 @@ TOKEN = 4  # bytes of an int32
 
 
 def lines(s: Symbols) -> tuple[Line, ...]:
-    """parameters, optimizer, batch, gradients and padding, in bytes per device."""
+    """parameters, optimizer, batch, gradients and padding, in bytes per device; and of a pipeline `uniform`, what one
+    program for all stages allocates of the first two on a stage that does not need it."""
     table = weights(s)
-    parameters, parameter_padding = _held(s, table, "parameters", s.p, stage=3, symbol="p", where="section 5.3")
-    state, state_padding = _held(s, table, "optimizer", s.o, stage=1, symbol="o", where="section 5.1")
-    gradients, gradient_padding = _held(s, table, "gradients", s.g, stage=2, symbol="g", where="section 5.2")
+    parameters = _held(s, table, "parameters", s.p, stage=3, symbol="p", where="section 5.3")
+    state = _held(s, table, "optimizer", s.o, stage=1, symbol="o", where="section 5.1")
+    gradients = _held(s, table, "gradients", s.g, stage=2, symbol="g", where="section 5.2")
     count = Term("step count", 4, "4", "Adam's t, an int32")
     tokens = 2 * TOKEN * s.m * s.b * s.T
     return (
-        _line("parameters", parameters),
-        _line("optimizer", (*state, count)),
+        _line("parameters", parameters.needed),
+        _line("optimizer", (*state.needed, count)),
         _line("batch", (Term("tokens and targets", tokens, "2 * 4 m b T"),)),
-        # The accumulator as it is laid out: no row of it is told apart, so the padding counts here.
-        _line("gradients", (*gradients, *gradient_padding)),
-        _line("padding", (*parameter_padding, *state_padding)),
+        # The accumulator as it is laid out: no row of it is told apart, so rows of padding and of other stages count.
+        _line("gradients", (*gradients.needed, *gradients.spare, *gradients.padding)),
+        _line("padding", (*parameters.padding, *state.padding)),
         _line("host", ()),
+        _line("uniform", (*parameters.spare, *state.spare)),
     )
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Bytes that a stage needs, those that it has room for beside, and those of the vocabulary's padding."""
+
+    needed: tuple[Term, ...]
+    spare: tuple[Term, ...]
+    padding: tuple[Term, ...]
 
 
 def _held(
     s: Symbols, table: Iterable[Weight], owner: str, size: int, *, stage: int, symbol: str, where: str
-) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
+) -> _Held:
     """Bytes of every weight at `size` bytes an element, sliced from a ZeRO stage on; and the vocabulary's padding."""
-    held, padding = [], []
+    needed, spare, padding = [], [], []
     for weight in table:
         parts = np.where(s.z >= stage, weight.parts, 1)
         everything = weight.elements * size // parts
         elements, ways = weight.logical
-        logical = elements * size // (ways * parts)
-        layers = "L " if weight.layers > 1 else ""
+        need = weight.layers * elements * size // (ways * parts)
+        logical = weight.held * elements * size // (ways * parts)
+        layers = "L " if weight.stacked else ""
         sliced = _sliced(s, weight, stage, symbol)
         real = weight.formula.replace("V'", "V")
-        held.append(Term(weight.name, logical, f"{real} {layers}{sliced}", reference(ZERO, where)))
+        needed.append(Term(weight.name, need, f"{real} {layers}{sliced}", reference(ZERO, where)))
+        more = "(R - L) " if weight.stacked else ""
+        label = f"{weight.name} in {owner}, of other stages"
+        spare.append(Term(label, logical - need, f"{real} {more}{sliced}", "one program for all stages"))
         if weight.name in ("embed", "head"):
             label = f"rows that pad the vocabulary, {weight.name} in {owner}"
             padding.append(Term(label, everything - logical, f"(V' - V) D/t {sliced}"))
-    return tuple(held), tuple(padding)
+    return _Held(tuple(needed), tuple(spare), tuple(padding))
 
 
 def _sliced(s: Symbols, weight: Weight, stage: int, symbol: str) -> str:

@@ -18,7 +18,8 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxllm.program.build import Built, padded
+from jaxllm.program.build import Built, arranged, natural
+from jaxllm.program.sharding import Placement
 from jaxllm.spec.errors import SpecError
 
 KEPT = 2  # the newest, and the one before it
@@ -61,9 +62,10 @@ def restore(manager: Manager, step: int, built: Built) -> tuple[Tree, Tree]:
             f"checkpoint {str(folder)!r} cannot be read ({said}); move it away to go on from the one before, if there is."
         ) from error
     with jax.set_mesh(built.mesh):
+        paths, _ = jax.tree_util.tree_flatten_with_path(built.arguments[:2])
         leaves = [
-            leaf if leaf.shape == held.shape else _pad(leaf, held)
-            for leaf, held in zip((found[name] for name in like), jax.tree.leaves(built.arguments[:2]), strict=True)
+            leaf if _is_natural(place := built.place_of(path), held) else _arranged(leaf, place, held)
+            for leaf, (path, held) in zip((found[name] for name in like), paths, strict=True)
         ]
     return jax.tree.unflatten(treedef, leaves)
 
@@ -73,14 +75,15 @@ def _flat(built: Built, trees: tuple[Tree, Tree]) -> tuple[dict[str, Any], Any]:
     paths, treedef = jax.tree_util.tree_flatten_with_path(trees)
     flat = {}
     for path, leaf in paths:
-        shape = built.logical_shape(path, leaf)
+        place = built.place_of(path)
         name = ("parameters", "optimizer")[path[0].idx] + jax.tree_util.keystr(path[1:])
-        if leaf.shape == shape:
-            flat[name] = leaf if isinstance(leaf, jax.Array) else _described(leaf, shape, leaf.sharding)
+        if _is_natural(place, leaf):
+            flat[name] = leaf if isinstance(leaf, jax.Array) else _described(leaf, leaf.shape, leaf.sharding)
             continue
-        # What is left without padding does not divide, so it is held whole for the moment.
+        # What is left without padding does not divide, and layers lie in the order of the stages: held whole for the moment.
         whole = NamedSharding(built.mesh, PartitionSpec())
-        flat[name] = _cut(leaf, shape) if isinstance(leaf, jax.Array) else _described(leaf, shape, whole)
+        cut = _natural(leaf, place) if isinstance(leaf, jax.Array) else _described(leaf, place.logical_shape, whole)
+        flat[name] = cut
     return flat, treedef
 
 
@@ -88,14 +91,21 @@ def _described(leaf: Any, shape: tuple[int, ...], sharding: Any) -> jax.ShapeDty
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
 
-@partial(jax.jit, static_argnums=1)
-def _cut(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jax.reshard(leaf, PartitionSpec())[tuple(slice(size) for size in shape)]
+def _is_natural(place: Placement | None, leaf: Any) -> bool:
+    """Whether an array is held as the model has it: no padding, and its layers in their order."""
+    if place is None:
+        return True
+    return tuple(leaf.shape) == place.logical_shape and place.rows in (None, tuple(range(leaf.shape[0])))
 
 
 @partial(jax.jit, static_argnums=1)
-def _pad(leaf: jax.Array, like: Any) -> jax.Array:
-    return jax.reshard(padded(leaf, like), like.sharding.spec)
+def _natural(leaf: jax.Array, place: Placement) -> jax.Array:
+    return natural(jax.reshard(leaf, PartitionSpec()), place)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _arranged(leaf: jax.Array, place: Placement, like: Any) -> jax.Array:
+    return jax.reshard(arranged(leaf, place, like), like.sharding.spec)
 
 
 @contextlib.contextmanager

@@ -161,6 +161,7 @@ def _job_fields(job: Job, processes: int) -> list[tuple[str, str]]:
     unit = "bytes" if text.tokenizer == BYTES else f"tokens by {text.tokenizer}"
     return [
         ("model", f"{job.model.name}, {job.model.parameters:,} parameters"),
+        *([("note", job.model.note)] if job.model.note else []),
         ("mesh", f"{job.mesh}, {job.mesh.devices:,} device{'s' if job.mesh.devices > 1 else ''}{shared}"),
         ("layout", str(job.layout)),
         ("workload", f"batch {work.batch:,}, sequence {work.sequence:,}: {work.batch * work.sequence:,} tokens a step"),

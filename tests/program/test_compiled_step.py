@@ -43,7 +43,7 @@ def differences(comparison: Comparison) -> list[str]:
 @pytest.mark.parametrize("target", MESHES)
 def test_zero_1_and_2_differ_by_the_gradients_alive_after_the_backward_pass(target: str) -> None:
     # Large enough that on a TPU, too, it lives in HBM and not in vector memory.
-    large = dataclasses.replace(SMALL, layers=4, d_model=1024, d_ff=4096, head_dim=64)
+    large = dataclasses.replace(SMALL, layers=16, d_model=512, d_ff=2048, head_dim=64)
     one, two = (measured(target, f"data=8,zero={stage},microbatches=2,remat=full", large) for stage in (1, 2))
     elements = large.parameters
     assert one.line("gradients").value == 4 * elements

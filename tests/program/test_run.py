@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
 from jaxllm.program import build, collectives, gradient, optimizer, reference
 from jaxllm.program.run import LEARNING_RATE, RunResult, _errors, random_batch, random_parameters, run
+from jaxllm.program.sharding import Placement
 from jaxllm.spec.layout import Layout
 from jaxllm.spec.model import ModelConfig
 from jaxllm.spec.workload import Workload
@@ -152,10 +155,10 @@ def mean_of_means():
 
 def microbatches_overwrite():
     def accumulate(accumulated, gradients, place, *, index, layout):
-        gradients = gradient._reduce_each(gradients, place, accumulated.dtype, layout, layer=True)
+        gradients = gradient.reduce_each(gradients, place, accumulated.dtype, layout, layer=True)
         return lax.dynamic_update_index_in_dim(accumulated, gradients, index, 0)
 
-    return gradient, "_accumulate_layer", accumulate
+    return gradient, "accumulate_layer", accumulate
 
 
 def not_clipped():
@@ -197,7 +200,6 @@ MUTATIONS = [
 
 @pytest.mark.parametrize(("mutation", "layout", "shown"), MUTATIONS, ids=[f"{row[0].__name__}-{row[1]}" for row in MUTATIONS])
 def test_mutation_disagrees(mutation, layout, shown, monkeypatch):
-    """The compiled step has the bug; the gradients apart from it do not."""
     precision, model = ("bf16-master" if layout == MASTER else "f32"), (TIED if layout == ZERO3 else MODEL)
     built, _ = clean(layout, model, precision)
     monkeypatch.setattr(*mutation())
@@ -210,12 +212,16 @@ def test_mutation_disagrees(mutation, layout, shown, monkeypatch):
         assert result.errors[name] > 0.01, (name, result.errors[name])
 
 
-def test_wrong_gradients_disagree(monkeypatch):
-    """The other half: built.gradients has a bug, the compiled step does not."""
-    _, compiled = clean(HYBRID)
-    mutant = built_for(HYBRID)
-    monkeypatch.setattr(*scattered_to_the_neighbour())
-    result = run(mutant, compiled)
+def test_a_first_moment_that_is_not_the_references_disagrees():
+    """Neither loss nor norm nor the parameters after one step would show it."""
+    built, compiled = clean(HYBRID)
+
+    def wrong(*arguments):
+        parameters, state, metric = compiled(*arguments)
+        larger = jax.tree.map(lambda moment: 1.01 * moment, optax.tree.get(state, "mu"))
+        return parameters, optax.tree.set(state, mu=larger), metric
+
+    result = run(built, wrong, steps=1)
     assert not result.agrees
     bad = {name.split("/")[0] for name, error in result.errors.items() if error > result.tolerance}
     assert bad == {"gradient"}
@@ -232,18 +238,24 @@ def replicated(values):
     return jax.make_array_from_single_device_arrays((2, 3), sharding, parts)
 
 
+def held_as(*logical):
+    """What _errors asks of a program: that its one array of (2, 3) is without its padding of that shape."""
+    return SimpleNamespace(places={"a": Placement((2, 3), logical, False, None, None, False)})
+
+
 def test_every_replica_is_compared():
     expected = np.arange(6, dtype=np.float32).reshape(2, 3)
     wrong = expected.copy()
     wrong[1, 0] += 0.5
-    assert _errors("kind", {"a": replicated([expected, expected])}, {"a": expected}) == {"kind/a": 0}
-    assert _errors("kind", {"a": replicated([expected, wrong])}, {"a": expected}) == {"kind/a": pytest.approx(0.1)}
+    built = held_as(2, 3)
+    assert _errors(built, "kind", {"a": replicated([expected, expected])}, {"a": expected}) == {"kind/a": 0}
+    assert _errors(built, "kind", {"a": replicated([expected, wrong])}, {"a": expected}) == {"kind/a": pytest.approx(0.1)}
 
 
 def test_padding_has_to_stay_zero():
     expected = np.ones((2, 2), np.float32)
     held = np.array([[1, 1, 0], [1, 1, 0.25]])
-    assert _errors("kind", {"a": replicated([held, held])}, {"a": expected}) == {"kind/a": 0.25}
+    assert _errors(held_as(2, 2), "kind", {"a": replicated([held, held])}, {"a": expected}) == {"kind/a": 0.25}
 
 
 def test_nan_never_agrees():

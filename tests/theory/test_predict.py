@@ -211,9 +211,10 @@ def test_a_batch_that_leaves_no_whole_sequence_is_refused() -> None:
 degrees = st.sampled_from([1, 2, 3, 4, 8, 16])
 
 
+@pytest.mark.parametrize("model", [TINY, ModelConfig.load("gpt-tiny")], ids=lambda model: model.name)
 @settings(max_examples=30, deadline=None)
 @given(st.data())
-def test_arrays_of_layouts_give_what_each_layout_gives_alone(data: st.DataObject) -> None:
+def test_arrays_of_layouts_give_what_each_layout_gives_alone(model: ModelConfig, data: st.DataObject) -> None:
     layouts = [
         Layout(
             replica=data.draw(degrees),
@@ -225,7 +226,7 @@ def test_arrays_of_layouts_give_what_each_layout_gives_alone(data: st.DataObject
         )
         for _ in range(4)
     ]
-    alone = [Symbols.of(TINY, layout, Workload(2 * layout.replica * layout.data * layout.microbatches, 64)) for layout in layouts]
+    alone = [Symbols.of(model, layout, Workload(2 * layout.replica * layout.data * layout.microbatches, 64)) for layout in layouts]
     columns = {
         name: np.array([getattr(s, name) for s in alone]) for name in ("r", "n", "t", "z", "m", "full", "b", "T")
     }
@@ -258,12 +259,14 @@ def evaluated(formula: str, letters: dict[str, int]) -> Fraction:
     "replica=3,tensor=16,zero=3", "data=3,zero=3", "data=8", "data=5,tensor=2,zero=1,remat=full",
 ])  # fmt: skip
 @pytest.mark.parametrize("precision", ["f32", "bf16-f32", "bf16-master"])
-def test_every_formula_gives_the_value_beside_it(layout, precision):
+@pytest.mark.parametrize("model", [
+    dataclasses.replace(TINY, vocab=509, kv_heads=4), dataclasses.replace(ModelConfig.load("gpt-tiny"), vocab=509),
+], ids=lambda model: model.name)  # fmt: skip
+def test_every_formula_gives_the_value_beside_it(model, layout, precision):
     parsed = Layout.parse(layout)
-    model = dataclasses.replace(ModelConfig.load("llama-tiny"), vocab=509, kv_heads=4)
     workload = Workload(parsed.replica * parsed.data * parsed.microbatches, 64, precision)
     s = Symbols.of(model, parsed, workload)
-    letters = {name: getattr(s, name) for name in "L D F N K H V r n t z m b T p c g o".split()}
+    letters = {name: getattr(s, name) for name in "L D F N K H V P r n t z m b T p c g o".split()}
     letters["V'"] = -(-s.V // s.t) * s.t
     checked = 0
     for line in predict(model, parsed, workload).lines:
