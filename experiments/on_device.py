@@ -54,7 +54,7 @@ STEP_SECONDS, LIKELY_MFU = 8.0, 0.25
 def small(name: str, layers: int, width: int, feed_forward: int) -> ModelConfig:
     """A Llama of the width and depth of a GPT-2, with Llama 2's vocabulary."""
     heads, source = width // 64, "made for this experiment; not a published model"
-    return ModelConfig(name, layers, width, feed_forward, heads, heads, 64, 32000, False, 1e4, None, 1e-5, 4096, source)
+    return ModelConfig(name, layers, width, feed_forward, heads, heads, 64, 32000, False, 1e-5, 4096, source, 1e4)
 
 
 _LADDER = ("llama-3.2-1b", "llama-3.2-3b", "llama-2-7b", "llama-3-8b", "llama-2-13b", "llama-1-33b", "llama-2-70b")

@@ -105,7 +105,7 @@ def why(model: ModelConfig, zero: int, microbatches: int, sent: int) -> str:
     whole, rest = divmod(sent * DEVICES, DEVICES - 1)
     missing = (reduced + gathered) * model.parameters - whole
     table = model.parameter_table()
-    outer = sum(table[name] for name in OUTER)
+    outer = sum(table.get(name, 0) for name in OUTER)
     ring = f"{DEVICES - 1}/{DEVICES}"
     if rest or missing != outer * (zero == 3) * microbatches:
         return f"unexplained: {missing:,} elements less than ({reduced} + {gathered}) Psi"

@@ -124,7 +124,7 @@ def why_sent(zero: int, sent: int) -> str:
     whole, rest = divmod(sent * DEVICES, DEVICES - 1)
     missing = PAPER_SENT[zero] * MODEL.parameters - whole
     table = MODEL.parameter_table()
-    outer = sum(table[name] for name in OUTER)
+    outer = sum(table.get(name, 0) for name in OUTER)
     ring = f"x {DEVICES - 1}/{DEVICES}, a ring's share"
     if rest or missing not in (0, outer):
         return f"unexplained: {missing:,} elements"
