@@ -38,8 +38,9 @@ test: $(READY) ## The floors and all tests
 grid: $(READY) ## Every layout of a small model on every target, and real models; resumable; writes docs/grid.md
 	$(VENV)/bin/python -m tests.grid
 
-experiments: $(READY) ## Run every experiment that needs no device again, into docs/measurements; half an hour
-	@for name in zero_stages three_compilers llama_405b why_zero2 curves crashes bench_step bench_check; do \
+experiments: $(READY) ## Run every experiment that needs no device again, into docs/measurements; fifty minutes
+	@for name in zero_stages three_compilers llama_405b why_zero2 pipeline_schedules megatron_3d \
+	    stage_imbalance curves crashes bench_step bench_pipeline bench_check bench_inspect; do \
 	  echo "== $$name" && $(VENV)/bin/python experiments/$$name.py --out docs/measurements || exit 1; done
 
 docs: $(READY) ## Run every command in README.md and docs/ again, and write what it prints

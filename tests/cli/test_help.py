@@ -3,7 +3,8 @@ import sys
 
 import pytest
 
-COMMANDS = [["--help"], ["check", "--help"], ["models", "--help"], ["meshes", "--help"], ["train", "--help"], ["--version"]]
+NAMES = ("check", "train", "schedule", "models", "meshes")
+COMMANDS = [["--help"], *([name, "--help"] for name in NAMES), ["--version"]]
 PROBE = """
 import sys
 from jaxllm.cli import main
@@ -20,7 +21,10 @@ def run(*arguments, **more):
 
 @pytest.mark.parametrize(
     "arguments",
-    [*COMMANDS, ["models"], ["meshes"], ["models", "llama-3-8b", "--json"], ["meshes", "h100"], ["check", "x"]],
+    [
+        *COMMANDS, ["models"], ["meshes"], ["models", "llama-3-8b", "--json"], ["meshes", "h100"], ["check", "x"],
+        ["schedule", "zb-v", "--stages", "4", "--microbatches", "8"],
+    ],  # fmt: skip
     ids=" ".join,
 )
 def test_help_and_listings_import_neither_numpy_nor_jax(arguments):
@@ -35,7 +39,7 @@ def test_importing_the_package_imports_neither_numpy_nor_jax():
 
 
 def test_help_lists_the_commands_and_options():
-    assert all(word in run("--help").stdout for word in ("check", "train", "models", "meshes", "--version"))
+    assert all(word in run("--help").stdout for word in (*NAMES, "--version"))
     shown = run("check", "--help").stdout
     for option in (
         "--mesh", "--layout", "--batch", "--seq", "--precision", "--optimizer", "--target", "--run", "--explain",

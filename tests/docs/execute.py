@@ -30,6 +30,7 @@ PAGES = (ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.m
 
 CONSOLE = re.compile(r"(?:<!-- show: (?P<show>[^\n]*) -->\n)?```console\n(?P<body>.*?)```\n", re.S)
 PYTHON = re.compile(r"```python\n(?P<code>.*?)```\n(?:\n?```text\n(?P<text>.*?)```\n)?", re.S)
+BLOCK = re.compile(f"{CONSOLE.pattern}|{PYTHON.pattern}", re.S)
 
 # What another version of a compiler, or another machine, prints otherwise: a pattern, and how far its numbers, the
 # groups, may be off; without groups, any will do. Lines are joined before: a longer number breaks them elsewhere.
@@ -46,6 +47,16 @@ VOLATILE = (
     (r"\nseconds .*", 0),
     (r"\n    emitted .*", 0),
     (r"\nnote: .*(\n  .*)*", None),
+    # an inspected program: what a version of XLA decides about memory, traffic and the names of what it combines
+    (r"\n  The peak is at step .*(\n    .*)*", None),
+    (r"\n  bound by (memory|network) .*", None),
+    (r"(?<=\n)  total +[\d.]+ [um]?s  100 %", None),
+    (r"\n  (bytes (read|written)) .*", None),
+    (r"\n  (FLOPs|(payload of|sent by) collectives) .*", None),
+    (r"\n  all-gather/axis0/(recompute|backward)/f32(\n    .*)*", None),
+    (r"(?<=not those expected:\n  all-gather/data: 1 times a step, 24 expected)\n.*", None),
+    (r"the peak of jit_loss is .*(\n  \w.*: .*)*", None),
+    (r"(?<=products, peak )[\d,]+ bytes:\n.*", None),
     (r"(?<=[a-z])\.\d+\b", None),  # of an instruction: while.110
     (r"(?<=\.py):\d+", None),  # of a source line
 )
@@ -99,9 +110,10 @@ class Session:
                 assert value in os.environ.get(name, ""), f"{name}={value} does not hold here: {line}"
             program, *arguments = words
             assert program == "jaxllm", f"pages run jaxllm only: {line}"
-            if "--plot" in arguments and not self.draw:
-                place = arguments.index("--plot") + 1
-                arguments[place] = str(self.cache / Path(arguments[place]).name)
+            for option in ("--plot", "--png"):
+                if option in arguments and not self.draw:
+                    place = arguments.index(option) + 1
+                    arguments[place] = str(self.cache / Path(arguments[place]).name)
             errors = io.StringIO()
             with self._outside() as out, contextlib.redirect_stderr(errors):
                 code = main(arguments)
@@ -111,7 +123,7 @@ class Session:
 
     def code(self, code: str, names: dict[str, Any]) -> str:
         with self._outside() as out:
-            exec(compile(code, "a block of the page", "exec"), names)
+            exec(compile(code, "example.py", "exec"), names)
         return out.getvalue()
 
 
@@ -149,7 +161,8 @@ def rendered(page: str, session: Session) -> str:
         text = session.code(match["code"], names)
         return f"```python\n{match['code']}```\n" + (f"\n```text\n{text.rstrip()}\n```\n" if text else "")
 
-    return PYTHON.sub(python, CONSOLE.sub(console, page))
+    # in the order of the page: a command may read what a block of Python wrote
+    return BLOCK.sub(lambda match: python(match) if match["body"] is None else console(match), page)
 
 
 def select(text: str, names: list[str]) -> str:

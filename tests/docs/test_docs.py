@@ -129,3 +129,10 @@ def test_a_command_that_fails_must_show_its_exit_code(tmp_path):
         rendered(page, session)
     told = rendered(page.replace("9\n", "9\n$ echo $?\n"), session)
     assert "unknown name 'llama-9'" in told and "\n2\n```" in told
+
+
+def test_every_warning_is_on_its_page():
+    from jaxllm.hlo.warn import kinds
+
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \|", (ROOT / "docs/inspect.md").read_text(), re.M)
+    assert sorted(rows) == list(kinds())

@@ -49,8 +49,8 @@ def test_defaults_are_plain():
 
 def test_devices_are_the_product_of_the_degrees_outermost_first():
     layout = Layout.parse("tensor=4, replica=2 ,data=8,zero=3,remat=full,microbatches=5")
-    assert layout.degrees == {"replica": 2, "data": 8, "tensor": 4}
-    assert list(layout.degrees) == ["replica", "data", "tensor"]
+    assert layout.degrees == {"pipe": 1, "replica": 2, "data": 8, "tensor": 4}
+    assert list(layout.degrees) == ["pipe", "replica", "data", "tensor"]
     assert layout.devices == 64
     assert str(layout) == "replica=2,data=8,tensor=4,zero=3,remat=full,microbatches=5"
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxllm.program import build, reference
+from jaxllm.program.build import natural
 from jaxllm.spec.errors import SpecError
 from jaxllm.spec.layout import Layout
 from jaxllm.spec.model import ModelConfig
@@ -20,13 +21,15 @@ from jaxllm.train.text import Text
 
 # 257 divides by no degree: the vocabulary is padded, differently for each tensor degree.
 MODEL = ModelConfig(
-    name="tiny", layers=2, d_model=16, d_ff=24, heads=4, kv_heads=2, head_dim=4, vocab=257, tied=False,
+    name="tiny", layers=5, d_model=16, d_ff=24, heads=4, kv_heads=2, head_dim=4, vocab=257, tied=False,
     rope_theta=10000.0, rope_scaling=None, norm_epsilon=1e-5, max_sequence=32, source="test",
 )  # fmt: skip
 SEQUENCE = 12
 TOKENS = np.random.default_rng(3).integers(0, 256, 2000).astype(np.uint8)
 TEXT = Text("text", "bytes", "", 2000, TOKENS, 250)
 LAYOUTS = ("data=1", "data=4,tensor=2,zero=3", "replica=2,data=2,tensor=2,zero=1,microbatches=2", "tensor=4", "data=8,zero=2")
+RING = "pipe=2,data=2,tensor=2,zero=1,microbatches=4,schedule=interleaved,partition=time"
+V = "pipe=2,data=2,zero=3,microbatches=2,schedule=zb-v"
 
 
 def built_for(layout: str, precision: str = "f32"):
@@ -36,8 +39,12 @@ def built_for(layout: str, precision: str = "f32"):
 
 def whole(tree, built):
     """As NumPy arrays in the model's own shapes."""
+
+    def own(leaf, place):
+        return np.asarray(leaf) if place is None else np.asarray(natural(np.asarray(leaf), place))
+
     return {
-        jax.tree_util.keystr(path): np.asarray(leaf)[tuple(slice(n) for n in built.logical_shape(path, leaf))]
+        jax.tree_util.keystr(path): own(leaf, built.place_of(path))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
@@ -77,23 +84,24 @@ def test_evaluation_goes_through_the_held_out_text_once() -> None:
     assert np.all(targets[count:] == -1)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:3])
+@pytest.mark.parametrize("layout", (*LAYOUTS[1:3], RING, V))
 def test_parameters_are_the_same_on_every_layout(layout) -> None:
     plain, built = built_for("data=1"), built_for(layout)
     expected, parameters = whole(plain.init_parameters(4), plain), built.init_parameters(4)
     found = whole(parameters, built)
     assert found.keys() == expected.keys()
-    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    for name, drawn in expected.items():  # of 257 rows a device of RING draws an odd part: XLA:CPU rounds its end otherwise
+        np.testing.assert_allclose(found[name], drawn, rtol=0, atol=2e-7 * np.abs(drawn).max() * (layout == RING), err_msg=name)
     assert jax.tree.map(lambda leaf: leaf.sharding, parameters) == jax.tree.map(
         lambda leaf: leaf.sharding, built.arguments[0]
     )
-    # Padding is zero, so that it stays so: no gradient, and decay of nothing.
+    # Padding is zero, as are rows that no stage needs, so that it stays so: no gradient, and decay of nothing.
     assert sum(float(np.abs(leaf).sum()) for leaf in found.values()) == pytest.approx(
         sum(float(np.abs(np.asarray(leaf)).sum()) for leaf in jax.tree.leaves(parameters))
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:4])
+@pytest.mark.parametrize("layout", (*LAYOUTS[1:4], V))
 def test_the_forward_pass_alone_gives_the_loss_of_the_reference(layout) -> None:
     built = built_for(layout)
     parameters, batch = built.init_parameters(0), training_batch(TEXT, built.arguments[2], 0, 0)
@@ -106,6 +114,7 @@ def test_the_forward_pass_alone_gives_the_loss_of_the_reference(layout) -> None:
 
 @pytest.mark.parametrize(("saved", "loaded", "precision"), [
     (LAYOUTS[1], LAYOUTS[2], "f32"), (LAYOUTS[2], "tensor=4", "bf16-master"), ("data=1", "data=8,zero=2", "bf16-f32"),
+    (RING, V, "f32"), (V, LAYOUTS[1], "bf16-master"), ("data=1", RING, "f32"),
 ])  # fmt: skip
 def test_a_checkpoint_is_taken_up_by_another_layout(tmp_path, saved, loaded, precision) -> None:
     built = built_for(saved, precision)
