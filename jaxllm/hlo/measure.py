@@ -62,8 +62,7 @@ def measure(
         payload = [emitted_payload(optimized, each, axes) for each in emitted]
         most = {key: max(each.get(key, 0) for each in payload) for each in payload for key in each}
         sent, notes = put_beside(sent, most, dump.target)
-        if dump.target != "tpu":  # the turns of a table's loops are not all read right in the last program of jax 0.12's
-            notes += _other_matmuls(flops, optimized, emitted)
+        notes += _other_matmuls(flops, optimized, emitted)
         told = dict.fromkeys(text for each in emitted for text in each.unexplained)
         notes += tuple(f"optimized module: {text}" for text in told)
         if buffers.on_chip:

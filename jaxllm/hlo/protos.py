@@ -69,7 +69,7 @@ _MESSAGES = {
     ),
     "TileProto": "1 dimensions int64*",
     "SliceDimensions": "1 start int64; 2 limit int64; 3 stride int64",
-    "LiteralProto": "2 preds bool*; 4 s32s int32*; 5 s64s int64*; 6 u32s uint32*; 7 u64s uint64*",
+    "LiteralProto": "1 shape ShapeProto; 2 preds bool*; 4 s32s int32*; 5 s64s int64*; 6 u32s uint32*; 7 u64s uint64*",
     "Window": "1 dimensions WindowDimension*",
     "WindowDimension": (
         "1 size int64; 2 stride int64; 3 padding_low int64; 4 padding_high int64; 5 window_dilation int64; "

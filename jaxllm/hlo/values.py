@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.hlo.graph import PASSES, Computation, Instruction, Module
+from jaxllm.hlo.graph import PASSES, Computation, Instruction, Module, Shape
 
 _MOST = 1 << 24  # elements: no table is larger, and what is larger is not looked up
 
@@ -103,17 +103,16 @@ class Values:
         if index or made.shape.size > _MOST or made.shape.dtype not in _LITERALS:
             raise Unknown(opcode)
         if opcode in PASSES and made.operand_ids:
-            value = operand()
+            value, read = operand(), computation.operand(made).shape
             if made.shape.size == 1:  # the first in memory, however it is laid out: XLA:TPU looks so into a row of a table
                 value = value.reshape(len(value), -1)[:, :1]
             if value[0].size != made.shape.size:
                 raise Unknown("other elements of the same memory")
-            return value.reshape(len(value), *made.shape.dims)
+            if opcode != "bitcast":
+                return value.reshape(len(value), *made.shape.dims)
+            return np.stack([_laid_out(_in_memory(turn, read), made.shape) for turn in value])
         if opcode == "constant":
-            values = getattr(made.proto.literal, _LITERALS[made.shape.dtype])
-            if len(values) != made.shape.size:
-                raise Unknown("a constant that is not written out")
-            return np.asarray(values, np.int64).reshape(1, *made.shape.dims)
+            return _literal(made)[None]
         if opcode == "iota":
             (along,) = made.proto.dimensions
             shape = [size if dim == along else 1 for dim, size in enumerate(made.shape.dims)]
@@ -171,6 +170,31 @@ class Values:
         for position, dim in enumerate(dims):
             shape[dim] = value.shape[1 + position]
         return np.broadcast_to(value.reshape(len(value), *shape), (len(value), *made.shape.dims))
+
+
+def _literal(constant: Instruction) -> np.ndarray:
+    """A constant's elements by its dims. They are written in the order in which they lie in memory: XLA:TPU may turn a
+    table around to where it reads along its rows."""
+    literal, dims = constant.proto.literal, constant.shape.dims
+    values = getattr(literal, _LITERALS[constant.shape.dtype])
+    if len(values) != constant.shape.size:
+        raise Unknown("a constant that is not written out")
+    return _laid_out(np.asarray(values, np.int64), Shape("", dims, minor_to_major=tuple(literal.shape.layout.minor_to_major)))
+
+
+def _outermost_first(shape: Shape) -> tuple[int, ...]:
+    return tuple(reversed(shape.minor_to_major or range(len(shape.dims))[::-1]))
+
+
+def _laid_out(in_memory: np.ndarray, shape: Shape) -> np.ndarray:
+    """Elements by the dims of a shape, from the order in which they lie in memory."""
+    order = _outermost_first(shape)
+    return in_memory.reshape([shape.dims[dim] for dim in order]).transpose(np.argsort(order))
+
+
+def _in_memory(value: np.ndarray, shape: Shape) -> np.ndarray:
+    """Elements in the order in which they lie in memory."""
+    return value.transpose(_outermost_first(shape)) if value.shape == shape.dims else value
 
 
 def not_below_zero(turns: np.ndarray) -> np.ndarray:

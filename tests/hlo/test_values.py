@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,11 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxllm.hlo.flops import matmul_lines
+from jaxllm.hlo.graph import Shape
 from jaxllm.hlo.loops import executions
-from jaxllm.hlo.values import _dynamic_slice
+from jaxllm.hlo.protos import classes
+from jaxllm.hlo.text import read_text
+from jaxllm.hlo.values import _dynamic_slice, _literal
 from tests.hlo.compilers import array, compile, mesh_of
 
 AXES = {"pipe": 4, "data": 2}
@@ -130,6 +135,62 @@ def test_what_a_loop_changes_is_not_known():
 
     runs = executions(compiled_for("cpu", in_pipe(grows)).partitioned)
     assert len(runs.unexplained) == 1
+
+
+# A module as the compilers leave one, with a table of two rows of three behind two layouts.
+TURNED_AROUND = """
+HloModule jit_f, is_scheduled=true
+
+%body (p: (s32[], s32[], f32[8,8])) -> (s32[], s32[], f32[8,8]) {
+  %p = (s32[], s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %n = s32[] get-tuple-element(%p), index=1
+  %x = f32[8,8]{1,0} get-tuple-element(%p), index=2
+  %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (s32[], s32[], f32[8,8]{1,0}) tuple(%next, %n, %y)
+}
+
+%condition (p: (s32[], s32[], f32[8,8])) -> pred[] {
+  %p = (s32[], s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] get-tuple-element(%p), index=1
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %flat = s32[6]{0} iota(), iota_dimension=0
+  %table = s32[2,3]LAYOUT bitcast(%flat)
+  %zero = s32[] constant(0)
+  %second = s32[] constant(1)
+  %row = s32[1,1]{1,0} dynamic-slice(%table, %second, %zero), dynamic_slice_sizes={1,1}
+  %limit = s32[] bitcast(%row)
+  %t = (s32[], s32[], f32[8,8]{1,0}) tuple(%zero, %limit, %x)
+  %loop = (s32[], s32[], f32[8,8]{1,0}) while(%t), condition=%condition, body=%body
+  ROOT %y = f32[8,8]{1,0} get-tuple-element(%loop), index=2
+}
+"""
+
+
+@pytest.mark.parametrize(("layout", "turns"), [("{1,0}", 3), ("{0,1}", 1)])
+def test_a_bitcast_keeps_what_lies_in_memory(layout, turns):
+    """0 to 5 in memory: the second row begins with 3 where rows lie together, with 1 where columns do."""
+    module = read_text(TURNED_AROUND.replace("LAYOUT", layout).encode(), "turned.txt")
+    runs = executions(module)
+    assert runs.unexplained == ()
+    assert matmul_lines(module, runs)[0][0].value == turns * 2 * 8**3
+
+
+@pytest.mark.parametrize("minor_to_major", [(), (1, 0), (0, 1)])
+def test_a_constant_is_written_as_it_lies_in_memory(minor_to_major):
+    """XLA:TPU of jax 0.12 turns the table of a schedule around."""
+    table = TABLE[0]
+    constant = classes()["HloInstructionProto"]()
+    constant.literal.s32s.extend((table.T if minor_to_major == (0, 1) else table).ravel())
+    constant.literal.shape.layout.minor_to_major.extend(minor_to_major)
+    assert np.array_equal(_literal(SimpleNamespace(proto=constant, shape=Shape("s32", table.shape))), table)
 
 
 def test_a_slice_is_moved_inside_as_xla_moves_it():
