@@ -251,7 +251,9 @@ def _work(batch: list[Cell]) -> None:
 
 def _spawn(batch: list[Cell]) -> int:
     names = json.dumps([everything().index(cell) for cell in batch])
-    environment = os.environ | {"JAXLLM_CACHE": "", "PYTHONPATH": str(ROOT)}
+    # As in the tests: machine code of small programs need not be fast.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    environment = os.environ | {"JAXLLM_CACHE": "", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     return subprocess.run([sys.executable, "-m", "tests.grid", "--work", names], cwd=ROOT, env=environment).returncode
 
 
