@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import repeat
 from typing import Any
 
@@ -37,15 +38,12 @@ def run(built: Built, compiled: Callable[..., Any], *, steps: int = 3, seed: int
     Parameters, optimizer state and batches are random, made on the host from the seed. The program returns no gradients:
     they are what the first step adds to AdamW's first moment. Raises whatever the program raises.
     """
-    rng = np.random.default_rng(seed)
     abstract, _, rows = built.arguments
-    start = jax.tree.map(
-        # The reference starts from what the mesh holds, rounded to its dtype.
-        lambda host, leaf: host.astype(leaf.dtype).astype(np.float32), random_parameters(built.model, rng), abstract
+    workload = built.workload
+    held = tuple(str(leaf.dtype) for leaf in jax.tree.leaves(abstract))
+    start, moments, batches, reference = _reference(
+        built.model, workload.batch, workload.sequence, held, built.learning_rate, steps, seed
     )
-    batches = [random_batch(built.model, built.workload.batch, built.workload.sequence, rng) for _ in range(steps)]
-    moments = random_moments(loss_and_gradients(built.model, start, batches[0])[1], rng)
-    reference = list(reference_steps(built.model, start, moments, batches, learning_rates=repeat(built.learning_rate)))
     _, first, _ = reference[0]
     clipped = jax.tree.map(lambda gradient: gradient / max(1.0, _norm(first)), first)
     added, decayed = jax.tree.map(lambda g: (1 - B1) * g, clipped), jax.tree.map(lambda m: B1 * m, moments[0])
@@ -65,7 +63,7 @@ def run(built: Built, compiled: Callable[..., Any], *, steps: int = 3, seed: int
             metrics.append({name: float(value) for name, value in metric.items()})
             errors = errors or _errors(built, "gradient", optax.tree.get(state, "mu"), added, decayed)
 
-    dtypes = built.workload.dtypes
+    dtypes = workload.dtypes
     narrowest = "bf16" if "bf16" in (dtypes.parameters, dtypes.compute, dtypes.gradients) else "f32"
     for i, (metric, (loss, grads, _)) in enumerate(zip(metrics, reference, strict=True), 1):
         norm = _norm(grads)
@@ -83,6 +81,23 @@ def run(built: Built, compiled: Callable[..., Any], *, steps: int = 3, seed: int
         errors=errors,
         tolerance=TOLERANCE[narrowest],
     )
+
+
+@lru_cache(maxsize=8)  # of one model many layouts are run
+def _reference(
+    model: ModelConfig, batch: int, sequence: int, dtypes: tuple[str, ...], learning_rate: float, steps: int, seed: int
+) -> tuple[Tree, tuple[Tree, Tree], list[dict[str, np.ndarray]], list[tuple[float, Tree, Tree]]]:
+    """Where training starts (parameters that the mesh holds in `dtypes`, moments), the batches, and the reference's steps."""
+    rng = np.random.default_rng(seed)
+    full = random_parameters(model, rng)
+    leaves, shape = jax.tree.flatten(full)
+    # The reference starts from what the mesh holds, rounded to its dtype.
+    held = [leaf.astype(dtype).astype(np.float32) for leaf, dtype in zip(leaves, dtypes, strict=True)]
+    start = jax.tree.unflatten(shape, held)
+    batches = [random_batch(model, batch, sequence, rng) for _ in range(steps)]
+    moments = random_moments(loss_and_gradients(model, start, batches[0])[1], rng)
+    reference = reference_steps(model, start, moments, batches, learning_rates=repeat(learning_rate))
+    return start, moments, batches, list(reference)
 
 
 def random_parameters(config: ModelConfig, rng: np.random.Generator) -> Tree:
