@@ -136,8 +136,8 @@ def held_at_most() -> int:
     """Bytes of memory that this process held at most. Where /proc does not tell it, getrusage does, but its figure
     begins with what the parent held when it started this process."""
     status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -12,8 +12,9 @@ settings.register_profile("search", deadline=None)
 settings.load_profile("fixed")
 
 os.environ["JAXLLM_CACHE"] = ""  # every test compiles for itself
-# Machine code of small programs need not be fast: what is measured is settled before it is generated.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+from tests.grid import QUICK
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
 from jaxllm.targets import start
 

@@ -124,8 +124,10 @@ def reference_steps(
     parameters, and AdamW's first and second moments to start from, are full and unpadded, in f32; a batch holds
     `tokens` and `targets`, int32 (B, T). `learning_rates` gives one for each step.
     """
-    parameters, m, v = jax.device_put((parameters, *moments), jax.local_devices()[0])
-    state = optax.tree.set(jax.jit(_optimizer(0.0).init)(parameters), mu=m, nu=v)
+    device = jax.local_devices()[0]
+    parameters, m, v = jax.device_put((parameters, *moments), device)
+    # Counters come from no argument and lie on no device yet: the first update would be compiled apart from the next.
+    state = jax.device_put(optax.tree.set(jax.jit(_optimizer(0.0).init)(parameters), mu=m, nu=v), device)
     for batch, learning_rate in zip(batches, learning_rates, strict=False):
         value, gradients = loss_and_gradients(config, parameters, batch)
         parameters, state = _update(learning_rate, parameters, state, gradients)

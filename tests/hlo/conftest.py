@@ -1,9 +1,22 @@
-"""Eight emulated devices, asked for before jax starts."""
+"""What the compilers make of programs is read here as users get it: XLA:CPU fuses for its emitters of today."""
 
-import os
+from __future__ import annotations
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+from typing import Any
+
+import jax
+import pytest
+
+from tests.grid import OLDER_EMITTERS, QUICK
+
+
+@pytest.fixture(autouse=True)
+def emitters_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    if OLDER_EMITTERS not in QUICK:
+        return
+    compile = jax.stages.Lowered.compile
+
+    def as_users_do(lowered: jax.stages.Lowered, compiler_options: dict[str, Any] | None = None) -> Any:
+        return compile(lowered, {"xla_cpu_use_fusion_emitters": True} | (compiler_options or {}))
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", as_users_do)
