@@ -40,7 +40,7 @@ grid: $(READY) ## Every layout of a small model on every target, and real models
 
 experiments: $(READY) ## Run every experiment that needs no device again, into docs/measurements; fifty minutes
 	@for name in zero_stages three_compilers llama_405b why_zero2 pipeline_schedules megatron_3d \
-	    stage_imbalance curves crashes bench_step bench_pipeline bench_check bench_inspect; do \
+	    stage_imbalance training_days curves crashes bench_step bench_pipeline bench_check bench_inspect; do \
 	  echo "== $$name" && $(VENV)/bin/python experiments/$$name.py --out docs/measurements || exit 1; done
 
 docs: $(READY) ## Run every command in README.md and docs/ again, and write what it prints

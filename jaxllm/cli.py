@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxllm.options import count, progress
+from jaxllm.options import count, number, progress
 from jaxllm.report.units import one_line
 from jaxllm.spec.errors import DoesNotFit, SpecError, TargetError
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _check_once(arguments)
         if not arguments:
-            raise SpecError("name a command: check, train, inspect, schedule, models or meshes; jaxllm --help tells more.")
+            raise SpecError("name a command: check, train, inspect, schedule, days, models or meshes; jaxllm --help tells more.")
         # Commands only parse and return the work to do. It is done here, out of typer's reach, which has its own
         # ideas about interrupts, broken pipes and exit codes.
         work = app(args=arguments, prog_name="jaxllm", standalone_mode=False, obj=arguments)
@@ -280,6 +280,22 @@ def schedule(
     return partial(
         _schedule, name, stages, microbatches, virtual=virtual, times=times, as_json=as_json, png=png, trace=trace
     )
+
+
+@app.command()
+def days(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, or the path of a config.json.")],
+    tokens: Annotated[str, typer.Option(metavar="T", help="Tokens to train on, as 2e12.")],
+    mesh: Annotated[str, typer.Option(metavar="MESH", help="machine:size, as a100-80:1024.")],
+    mfu: Annotated[str, typer.Option(metavar="U", help="Share of the peak that is reached, as 0.45.")],
+    remat: Annotated[str, typer.Option(metavar="none|full", help="full: the rate counts recomputation too.")] = "none",
+    seq: Annotated[
+        str | None, typer.Option(metavar="T", help="Tokens per sequence. Default: the model's, up to 4,096.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> Work:
+    """Days of training by the rules of thumb, and from the exact count of FLOPs."""
+    return partial(_days, model, tokens, mesh, mfu, remat=remat, seq=seq, as_json=as_json)
 
 
 @app.command()
@@ -520,6 +536,40 @@ def _schedule(
 
         print_schedule(simulation, console())
     return 0
+
+
+def _days(model_text: str, tokens: str, mesh_text: str, mfu: str, *, remat: str, seq: str | None, as_json: bool) -> int:
+    from jaxllm.report.days import Plan, document, print_days
+    from jaxllm.spec.machine import Machine
+    from jaxllm.spec.model import ModelConfig
+    from jaxllm.spec.validate import default_sequence
+    from jaxllm.theory.training import counts
+
+    model = ModelConfig.load(model_text)
+    wanted = number("--tokens", tokens, most=1e18, example="2e12")
+    mesh = Machine.load(mesh_text)
+    used = number("--mfu", mfu, most=1, example="0.45")
+    if remat not in ("none", "full"):
+        raise SpecError(f"--remat {remat!r} is neither none nor full; leave it out for none.")
+    sequence = count("--seq", seq, default_sequence(model))
+    plan = Plan(model, mesh, wanted, sequence, remat, _rate(mesh.machine), used)
+    found = counts(model, sequence, remat)
+    if as_json:
+        print(json.dumps(document(plan, found), indent=2))
+    else:
+        from jaxllm.report.table import console
+
+        print_days(plan, found, console())
+    return 0
+
+
+def _rate(machine: Any) -> tuple[str, int]:
+    """The dtype that a machine trains in, and its peak in FLOP/s. Raises SpecError where no peak is stated."""
+    peak = machine.peak_flops
+    dtype = next((dtype for dtype in ("bf16", "f16") if dtype in peak), None)
+    if dtype is None:
+        raise SpecError(f"--mesh {machine.name}: its file states no peak rate; take a machine that does, as h100:8.")
+    return dtype, peak[dtype]
 
 
 def _models(text: str | None, as_json: bool) -> int:

@@ -22,6 +22,17 @@ def count(option: str, text: str | None, default: Any, *, least: int = 1, word: 
     return int(text)
 
 
+def number(option: str, text: str, *, most: float, example: str) -> float:
+    """A number above 0, up to `most`. Raises SpecError."""
+    try:
+        value = float(text) if text.isascii() else -1.0
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= most:
+        raise SpecError(f"{option} {text!r} is no number above 0 and up to {most:,g}; write it like {option} {example}.")
+    return value
+
+
 @contextlib.contextmanager
 def progress(wanted: bool = True) -> Iterator[Callable[[str], None]]:
     """Yields a function that says what is being done: a spinner on a terminal, else a line each."""

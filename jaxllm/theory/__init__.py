@@ -5,5 +5,6 @@ or thousands. Nothing here knows what a compiler did.
 """
 
 from jaxllm.theory.predict import PLAIN_AUTODIFF, predict
+from jaxllm.theory.training import flops_per_token, training_days
 
-__all__ = ["PLAIN_AUTODIFF", "predict"]
+__all__ = ["PLAIN_AUTODIFF", "flops_per_token", "predict", "training_days"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm import targets
-from jaxllm.options import count, progress
+from jaxllm.options import count, number, progress
 from jaxllm.report.table import console, print_fields
 from jaxllm.report.units import human
 from jaxllm.spec.errors import DoesNotFit, SpecError, TargetError
@@ -124,24 +124,11 @@ def _asked(
     return request.Asked(
         batch=count("--batch", batch, None),
         sequence=count("--seq", seq, None),
-        learning_rate=_rate(lr),
+        learning_rate=None if lr is None else number("--lr", lr, most=1000, example="0.001"),
         warmup=count("--warmup", warmup, None, least=0),
         seed=count("--seed", seed, None, least=0),
         **texts,
     )
-
-
-def _rate(text: str | None) -> float | None:
-    """A learning rate, or None when left out. Raises SpecError."""
-    if text is None:
-        return None
-    try:
-        value = float(text) if text.isascii() else -1.0
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 1000:
-        raise SpecError(f"--lr {text!r} is no number above 0 and below 1,000; write it like --lr 0.001.")
-    return value
 
 
 def _training_target(text: str | None, mesh: Any) -> str:
