@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _check_once(arguments)
         if not arguments:
-            raise SpecError("name a command: check, train, inspect, schedule, days, models or meshes; jaxllm --help tells more.")
+            raise SpecError("name a command: check, train, inspect, schedule, days, shapes, models or meshes; jaxllm --help tells more.")
         # Commands only parse and return the work to do. It is done here, out of typer's reach, which has its own
         # ideas about interrupts, broken pipes and exit codes.
         work = app(args=arguments, prog_name="jaxllm", standalone_mode=False, obj=arguments)
@@ -296,6 +296,20 @@ def days(
 ) -> Work:
     """Days of training by the rules of thumb, and from the exact count of FLOPs."""
     return partial(_days, model, tokens, mesh, mfu, remat=remat, seq=seq, as_json=as_json)
+
+
+@app.command()
+def shapes(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, or the path of a config.json.")],
+    batch: Annotated[str, typer.Option(metavar="B", help="Sequences.")] = "1",
+    seq: Annotated[
+        str | None, typer.Option(metavar="T", help="Tokens per sequence. Default: the model's, up to 4,096.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="D", help="bf16, f32, f16 or f8e4m3fn.")] = "bf16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> Work:
+    """Walk through a forward pass: weights and activations of each module, and the cache of keys and values."""
+    return partial(_shapes, model, batch, seq, dtype, as_json)
 
 
 @app.command()
@@ -560,6 +574,26 @@ def _days(model_text: str, tokens: str, mesh_text: str, mfu: str, *, remat: str,
         from jaxllm.report.table import console
 
         print_days(plan, found, console())
+    return 0
+
+
+def _shapes(model_text: str, batch: str, seq: str | None, dtype: str, as_json: bool) -> int:
+    from jaxllm.report.shapes import DTYPES, Prefill, document, print_shapes
+    from jaxllm.spec.errors import nearest
+    from jaxllm.spec.model import ModelConfig
+    from jaxllm.spec.validate import default_sequence
+
+    model = ModelConfig.load(model_text)
+    sizes = count("--batch", batch, None), count("--seq", seq, default_sequence(model))
+    if dtype not in DTYPES:
+        raise SpecError(f"--dtype {dtype!r} is unknown; {nearest(dtype, DTYPES)}")
+    prefill = Prefill(model, *sizes, dtype)
+    if as_json:
+        print(json.dumps(document(prefill), indent=2))
+    else:
+        from jaxllm.report.table import console
+
+        print_shapes(prefill, console())
     return 0
 
 
