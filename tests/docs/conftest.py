@@ -1,0 +1,10 @@
+"""Pages show what users get."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def as_users_have_it(emitters_of_today: None) -> None:
+    pass
