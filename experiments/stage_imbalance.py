@@ -21,7 +21,7 @@ from typing import Any
 from experiments import common
 from jaxllm import Layout, ModelConfig, Workload, predict
 from jaxllm.spec.layout import PARTITIONS
-from jaxllm.theory.partition import load, stages_of
+from jaxllm.theory.partition import load, runs, stages_of
 
 
 @dataclass(frozen=True)
@@ -163,17 +163,6 @@ def imbalance(table: Sequence[common.Row]) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def runs(counts: Sequence[int]) -> str:
-    """Numbers in order, runs of the same put together: `7, 14 x 8, 7`."""
-    parts: list[list[int]] = []
-    for count in counts:
-        if parts and parts[-1][0] == count:
-            parts[-1][1] += 1
-        else:
-            parts.append([count, 1])
-    return ", ".join(f"{times} x {count}" if times > 1 else str(count) for count, times in parts)
 
 
 def by_stage(table: Sequence[common.Row]) -> list[dict[str, Any]]:

@@ -60,8 +60,7 @@ def test_what_is_off_by_one_fails():
         assert experiment.wrong(dict(row) | {key: row[key] + 1})
 
 
-def test_runs_and_spans():
-    assert experiment.runs([7, 8, 8, 7]) == "7, 2 x 8, 7"
+def test_spans():
     assert (experiment.span([3]), experiment.span([1, 2, 3]), experiment.span([0, 3])) == ("3", "1 to 3", "0, 3")
 
 

@@ -52,3 +52,8 @@ def test_fewer_chunks_are_a_way_out_of_too_many_parts():
     layout = Layout(pipe=8, schedule="interleaved", microbatches=8, virtual=4)
     with pytest.raises(SpecError, match="take 4 stages or fewer, or virtual=2"):
         stages_of(TINY, layout, Workload(8, 8, "f32"))
+
+
+def test_equal_numbers_in_a_row_are_put_together_from_three_on():
+    assert runs([7, 8, 8, 8, 7]) == "7, 3 x 8, 7"
+    assert runs([7, 8, 8, 7]) == "7, 8, 8, 7"
