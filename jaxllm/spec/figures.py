@@ -17,10 +17,11 @@ from jaxllm.spec.errors import SpecError, nearest
 
 TARGETS = ("cpu", "gpu", "tpu")
 
-_UNITS: dict[str, dict[str, int]] = {
+_UNITS: dict[str, dict[str, float]] = {
     "bytes": {"B": 1, "MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9},
     "bytes/s": {"B/s": 1, "GB/s": 10**9, "TB/s": 10**12},
     "FLOP/s": {"FLOP/s": 1, "TFLOP/s": 10**12, "PFLOP/s": 10**15},
+    "seconds": {"s": 1, "ms": 1e-3, "us": 1e-6},
 }
 
 
@@ -49,11 +50,28 @@ FIGURES = {
     "peak.int8": _Kind("FLOP/s"),
     "node.devices": _Kind("count", TARGETS, may_be_absent=()),
     # One direction, for one device: what it sends to the others of its node, and through its share of the network.
-    "links.inside_node": _Kind("bytes/s", ("gpu",), targets=("gpu",)),
+    "links.inside_node": _Kind("bytes/s", ("gpu",), targets=("gpu", "cpu")),
     "links.between_nodes": _Kind("bytes/s", ("gpu",), targets=("gpu",)),
     # One direction of one link of the torus; a chip has two links an axis. Then its share of the network.
     "links.torus": _Kind("bytes/s", ("tpu",), targets=("tpu",)),
     "links.between_slices": _Kind("bytes/s", ("tpu",), targets=("tpu",)),
+    # Between a device and its host's memory.
+    "links.host": _Kind("bytes/s", targets=("gpu", "tpu")),
+    # What was measured: the share that is reached of a peak or a link, what things take at least, and how far a step's time may
+    # be off in four of five cases, see theory/rates.py. All of them or none.
+    "efficiency.matmul": _Kind("share"),
+    "efficiency.memory": _Kind("share"),
+    "efficiency.inside_node": _Kind("share"),
+    "efficiency.between_nodes": _Kind("share"),
+    "latency.collective": _Kind("seconds"),
+    "latency.hop": _Kind("seconds"),
+    "latency.far_hop": _Kind("seconds"),
+    "latency.kernel": _Kind("seconds"),
+    "latency.block": _Kind("seconds"),
+    "latency.issue": _Kind("seconds"),
+    "latency.step": _Kind("seconds"),
+    "interval.least": _Kind("share"),
+    "interval.tensor": _Kind("share"),
     # Slices that exist: the listed shapes, and with `cube` all shapes of multiples of it in non-decreasing order.
     "torus.slices": _Kind("shapes", ("tpu",), may_be_absent=(), targets=("tpu",)),
     "torus.cube": _Kind("count", targets=("tpu",)),
@@ -61,6 +79,8 @@ FIGURES = {
     # An axis closes into a ring when its length is a multiple of this (with `cube`: and the slice is whole cubes).
     "torus.wraparound": _Kind("count", ("tpu",), may_be_absent=(), targets=("tpu",)),
 }
+
+MEASURED = ("efficiency", "latency", "interval")
 
 # What a compiler has to be told of a device that is not there.
 _COMPILER: dict[str, dict[str, type]] = {
@@ -133,6 +153,7 @@ def read(path: Path) -> dict[str, Any]:
         if target not in kind.may_be_absent:
             raise SpecError(f"{where}: {name} cannot be absent; write {_example(name, kind)}.")
     _check_memory(where, figures)
+    _check_measured(where, figures)
     if target == "tpu":
         _check_torus(where, figures)
     predicted = "compiler" in absent
@@ -199,7 +220,8 @@ def _read_figure(where: str, name: str, kind: _Kind, entry: Any) -> Figure:
     unit = entry.get("unit")
     if not isinstance(unit, str) or unit not in units:
         raise SpecError(f"{where}: unit={unit!r} is unknown; choose {', '.join(units)}.")
-    return Figure(name, round(value * units[unit]), f"{value:,} {unit}", source, link)
+    scaled = value * units[unit] if kind.measure == "seconds" else round(value * units[unit])
+    return Figure(name, scaled, f"{value:,} {unit}", source, link)
 
 
 def _read_shapes(where: str, value: Any) -> tuple[tuple[int, ...], ...]:
@@ -248,6 +270,14 @@ def _check_memory(where: str, figures: dict[str, Figure]) -> None:
     total, fraction, reserve = (figures[part].value for part in parts)
     if reserve >= int(total * fraction):
         raise SpecError(f"{where}: memory.reserve={reserve} B leaves nothing of {total} B x {fraction}; lower it.")
+
+
+def _check_measured(where: str, figures: dict[str, Figure]) -> None:
+    wanted = [name for name in FIGURES if name.partition(".")[0] in MEASURED]
+    lacking = [name for name in wanted if name not in figures]
+    if lacking and len(lacking) < len(wanted):
+        verb = "are" if len(lacking) > 1 else "is"
+        raise SpecError(f"{where}: {', '.join(lacking)} {verb} missing beside what was measured; give all of it or none.")
 
 
 def _check_torus(where: str, figures: dict[str, Figure]) -> None:

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-SECTIONS = ("memory", "pipeline", "flops", "collectives")
+SECTIONS = ("memory", "pipeline", "flops", "collectives", "transfers")
 PHASES = ("forward", "recompute", "backward", "update")
 MEMORY_LINES = ("parameters", "optimizer", "batch", "gradients", "residuals", "padding", "host")
 # Of a pipeline: buffers of its schedule, and what each stage allocates only because another one needs it.
 PIPELINE_LINES = ("stash", "weight_stash", "inbox", "uniform")
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "permute")
+TO_DEVICE, TO_HOST = TRANSFERS = ("copy-to-device", "copy-to-host")  # between a device's memory and its host's
 
 DTYPE_BYTES = {
     "f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4,
@@ -32,6 +33,7 @@ class Term:
     value: Any  # bytes or FLOPs, per device and step; the terms of a line add up to it
     detail: str = ""  # the formula in symbols, or the instruction with shapes and loop counts
     source: str = ""  # the paper's equation, or file:line of the program
+    part: str = ""  # of a formula: the part of the model that it is for, as theory.parts names it; "" is the step's own
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Rule:
 class Line:
     """One line of a ledger.
 
-    `value` is bytes (memory), FLOPs (flops), payload bytes (collectives) or a number (pipeline); for collectives `wire` is what
+    `value` is bytes (memory, transfers), FLOPs (flops), payload bytes (collectives) or a number (pipeline); for collectives `wire` is what
     a device sends in a ring and `count` how many times a collective runs. `emitted` is known to a compiler only:
     the payload in the optimised module. `stages` has the value on each stage of a pipeline where they are not alike, and
     `value` is then that of the stage with the most. `value` None means that this author cannot know it, and `reason` says why.

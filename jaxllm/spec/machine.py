@@ -16,6 +16,17 @@ from jaxllm.spec.errors import SpecError, nearest
 from jaxllm.spec.figures import FIGURES, SHAPE, Figure, read
 
 
+# The peaks at which products of a dtype may run. Where none of these is stated, bf16's bounds them.
+_RATES = {
+    "f32": ("tf32", "f32"),
+    "s8": ("int8",),
+    "u8": ("int8",),
+    "s4": ("int4", "int8"),
+    "u4": ("int4", "int8"),
+    "f4e2m1fn": ("fp4", "fp8"),
+}
+
+
 @dataclass(frozen=True)
 class Machine:
     """One kind of chip in its node. All figures are per JAX device; `devices_per_chip` of them share a chip."""
@@ -31,7 +42,7 @@ class Machine:
     @staticmethod
     def names() -> list[str]:
         """The machines that come with jaxllm: one TOML file each."""
-        return sorted(path.stem for path in _folder().glob("*.toml"))
+        return sorted(path.stem for path in folder().glob("*.toml"))
 
     @classmethod
     def read(cls, text: str | os.PathLike[str]) -> Machine:
@@ -39,7 +50,7 @@ class Machine:
         text = os.fspath(text)
         known = cls.names()
         if text in known:
-            return cls(**read(_folder() / f"{text}.toml"))
+            return cls(**read(folder() / f"{text}.toml"))
         if os.path.isfile(text):
             return cls(**read(Path(text)))
         if "/" in text or text.endswith(".toml"):
@@ -100,6 +111,13 @@ class Machine:
             for name, figure in self.figures.items()
             if name.startswith("peak.")
         }
+
+    def rate(self, dtype: str) -> int | None:
+        """FLOP/s of products of a dtype, as HLO names it; None when the file states none that could bound them. f32 runs as
+        tf32 by default on GPUs, and in passes of bf16 on TPUs, which state no peak of f32."""
+        names = _RATES.get(dtype, ("fp8",) if dtype.startswith("f8") else ("bf16",))
+        known = [self.peak_flops[name] for name in names if self.peak_flops.get(name)]
+        return max(known, default=self.peak_flops.get("bf16"))
 
     @property
     def links(self) -> dict[str, Figure]:
@@ -322,7 +340,7 @@ def _is_cubes(shape: tuple[int, ...], cube: int, chips: int) -> bool:
     return len(shape) == 3 and ordered and all(n % cube == 0 for n in shape) and math.prod(shape) <= chips
 
 
-def _slices(machine: Machine) -> Iterator[tuple[int, ...]]:
+def slices(machine: Machine) -> Iterator[tuple[int, ...]]:
     """Every slice that exists."""
     yield from machine.value("torus.slices")
     cube, chips = machine.value("torus.cube"), machine.value("torus.chips")
@@ -341,18 +359,18 @@ def _closest(machine: Machine, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         sides = sum(abs(math.log(a / b)) for a, b in zip(sorted(other), sorted(shape), strict=False))
         return (round(abs(math.log(math.prod(other) / math.prod(shape))), 9), sides)
 
-    return sorted(set(_slices(machine)), key=lambda other: (distance(other), other))[:2]
+    return sorted(set(slices(machine)), key=lambda other: (distance(other), other))[:2]
 
 
 # ---------------------------------------------------------------- files
 
 
-def _folder() -> Path:
+def folder() -> Path:
     """meshes/ lies in the package when it is installed, and beside it in a source tree."""
     package = Path(__file__).resolve().parent.parent
-    for folder in (package / "meshes", package.parent / "meshes"):
-        if folder.is_dir():
-            return folder
+    for found in (package / "meshes", package.parent / "meshes"):
+        if found.is_dir():
+            return found
     raise SpecError("machine: the files of meshes/ are not part of this installation; install jaxllm again.")
 
 

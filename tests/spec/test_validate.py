@@ -8,6 +8,7 @@ from jaxllm.spec.model import ModelConfig
 from jaxllm.spec.validate import default_batch, default_sequence, validate
 from jaxllm.spec.workload import Workload
 
+GPT2 = ModelConfig.load("gpt2")
 LLAMA = ModelConfig.load("llama-3-8b")  # 32 query heads, 8 key/value heads, d_ff 14,336, 8,192 tokens
 
 
@@ -51,7 +52,20 @@ def test_tensor_divides_the_key_value_heads_or_is_a_multiple_of_them():
 
 def test_batch_and_sequence():
     refused("batch 12 leaves no whole number", Layout(data=8), 8, batch=12)
-    refused("sequence 8,193 is longer than the 8,192 tokens", Layout(data=8), 8, sequence=8193)
+    refused("sequence 16,777,217 is longer than the 16,777,216 tokens whose", Layout(data=8), 8, sequence=2**24 + 1)
+    refused("sequence 1,025 is longer than the 1,024 tokens that gpt2 takes", Layout(data=8), 8, sequence=1025, model=GPT2)
+    validate(LLAMA, Layout(), 1, Workload(1, 131_072))  # rotary positions have no end
+
+
+def test_devices_that_share_out_a_sequence():
+    ring = Layout(context=4, attention="blockwise")
+    refused("context=4, in a ring of two parts each: 20 tokens do not divide into the 8 parts .* --seq 16 would", ring, 4, sequence=20)
+    both = Layout(context=2, tensor=8, sequence=True, attention="blockwise")
+    refused("context=2, in a ring .* and tensor=8 with sequence=true: .* 16 parts .* --seq 32 would do", both, 16, sequence=40)
+    refused("context=3 does not divide the 32 query heads", Layout(context=3, exchange="ulysses"), 3, sequence=9)
+    refused("does not divide the 2 key/value heads of each of tensor=4", Layout(tensor=4, context=4, exchange="ulysses"), 16)
+    validate(LLAMA, ring, 4, Workload(1, 24))
+    assert default_sequence(LLAMA, replace(ring, context=3)) == 4092
 
 
 def test_defaults():
