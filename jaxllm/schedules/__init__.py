@@ -1,4 +1,5 @@
-"""Pipeline schedules as tables: made by name or read from a file, checked, counted, and timed. No JAX, no NumPy."""
+"""Pipeline schedules as tables: made by name or read from a file, checked, counted, and timed. No JAX, and no
+NumPy but for many sizes at once, in `sizes`."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from jaxllm.schedules.table import Cell, Schedule, Work
@@ -11,8 +11,6 @@ from jaxllm.spec.errors import SpecError
 
 Orders = Sequence[Sequence[Cell]]
 Time = TypeVar("Time", int, float)
-
-_TICK = {"F": 1, "B": 1, "W": 1, "BW": 1}
 
 
 def lay_out(
@@ -27,7 +25,7 @@ def lay_out(
     """
     orders = [[cell for cell in order if cell.microbatch < microbatches] for order in orders]
     shape = Schedule(name, stages, microbatches, chunks, placement, ())
-    begins = earliest(shape, orders, _TICK)
+    begins = earliest(shape, orders, lambda stage, cell: 1)
     ticks = 1 + max((begin[-1] for begin in begins if begin), default=-1)
     table: list[list[Cell | None]] = [[None] * stages for _ in range(ticks)]
     for stage, (order, begin) in enumerate(zip(orders, begins, strict=True)):
@@ -37,11 +35,11 @@ def lay_out(
 
 
 def earliest(
-    schedule: Schedule, orders: Orders, lasts: Mapping[str, Time], latency: Time = 0
+    schedule: Schedule, orders: Orders, lasts: Callable[[int, Cell], Time], latency: Time = 0
 ) -> list[list[Time]]:
     """When each cell begins, for each stage in its order.
 
-    Args: `lasts` is how long a cell of each kind takes; `latency` is how long a result travels between two stages,
+    Args: `lasts` tells how long a cell of a stage takes; `latency` is how long a result travels between two stages,
     while both of them go on.
 
     Raises SpecError, which names the cells that wait for each other, when some never begin.
@@ -64,7 +62,7 @@ def earliest(
             arrivals = (end if at == stage else end + latency for end, at in map(ends.__getitem__, needs))
             begin = max(clocks[stage], *arrivals) if needs else clocks[stage]
             begun.append(begin)
-            clocks[stage] = begin + lasts[cell.kind]
+            clocks[stage] = begin + lasts(stage, cell)
             for work in schedule.works(stage, cell):
                 ends[work] = clocks[stage], stage
                 awake.extend(asleep.pop(work, ()))

@@ -64,7 +64,7 @@ def simulate(schedule: Schedule, times: Times | None = None) -> Simulation:
     lasts = times.of_kinds(schedule)
     stages = tuple(
         tuple(Timed(cell, start, start + lasts[cell.kind]) for cell, start in zip(order, starts, strict=True))
-        for order, starts in zip(schedule.orders, earliest(schedule, schedule.orders, lasts, times.comm), strict=True)
+        for order, starts in zip(schedule.orders, earliest(schedule, schedule.orders, lambda stage, cell: lasts[cell.kind], times.comm), strict=True)
     )
     return Simulation(
         schedule, times, stages, tuple(timed[-1].end - timed[0].start if timed else 0.0 for timed in stages)

@@ -6,8 +6,6 @@ from jaxllm.schedules.order import earliest
 from jaxllm.schedules.table import KINDS, Cell, Schedule, Work
 from jaxllm.spec.errors import SpecError
 
-_ANY = dict.fromkeys(KINDS, 1)
-
 
 def validate(schedule: Schedule, memory: int | None = None) -> None:
     """Raises SpecError, which names the cell that is wrong, unless every stage can run its cells at their ticks.
@@ -22,7 +20,7 @@ def validate(schedule: Schedule, memory: int | None = None) -> None:
     _check_once(schedule)
     _check_all(schedule)
     # stages that wait for each other are told as such, and not as a cell that comes too early
-    earliest(schedule, schedule.orders, _ANY)
+    earliest(schedule, schedule.orders, lambda stage, cell: 1)
     _check_ticks(schedule)
     if memory is not None:
         _check_memory(schedule, memory)

@@ -2,7 +2,9 @@
 
 import math
 from itertools import accumulate
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,17 +47,59 @@ def test_the_simulation_is_the_closed_form(name):
     assert compared > 40
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.data())
 def test_closed_forms_hold_for_any_times(data):
     name = data.draw(st.sampled_from(sorted(CLOSED_FORMS)))
     p = data.draw(st.integers(2, 9))
-    m = data.draw(st.integers(p, 40))
+    m = data.draw(st.integers(p if registry()[name].fills else 1, 40))
     v = data.draw(st.sampled_from(chunks_of(name)))
     f, b, w = (data.draw(st.floats(0.1, 10)) for _ in range(3))
     schedule, times = make(name, p, m, v), Times(f, b, w)
     expected = closed_bubble(schedule, times)
     assert expected is None or simulate(schedule, times).bubble == pytest.approx(expected, abs=1e-9)
+
+
+# each term of the closed forms is the largest for some of them
+UNLIKE = [Times(f, 1, w) for f in (0.3, 0.8, 1.2, 1.7, 4) for w in (0.2, 0.7, 1.3, 2.5)]
+
+
+@pytest.mark.parametrize("name", ["zb-h1", "zb-h2", "zb-v", "dualpipev"])
+def test_closed_forms_with_b_and_w_apart(name):
+    for p in (2, 3, 6, 9):
+        least = {"zb-v": 2 * p - 1, "dualpipev": p}.get(name, 1)
+        for m in {least, least + 1, p + 2, 2 * p - 2, 2 * p, 3 * p + 1}:
+            if m >= least:
+                schedule = make(name, p, m)
+                for times in UNLIKE:
+                    idle = CLOSED_FORMS[name].idle((p, m, schedule.chunks), times)
+                    assert CLOSED_FORMS[name].holds((p, m, schedule.chunks), times)
+                    assert simulate(schedule, times).span - m * times.stage == pytest.approx(idle, abs=1e-9), (p, m, times)
+
+
+def test_interleaved_with_a_last_group_that_is_not_full():
+    for p, m, v in ((4, 7, 4), (5, 8, 2), (5, 6, 2), (6, 10, 4), (8, 12, 3), (8, 15, 6)):
+        for times in (Times(), Times(2, 1, 1), Times(0.3, 2, 1), Times(1, 0.7, 0.6)):
+            expected = closed_bubble(make("interleaved", p, m, v), times)
+            assert simulate(make("interleaved", p, m, v), times).bubble == pytest.approx(expected, abs=1e-12)
+    assert closed_bubble(make("interleaved", 5, 8, 2), Times(2.1, 1, 1)) is None
+    assert closed_bubble(make("interleaved", 5, 6, 3)) is None
+
+
+@pytest.mark.parametrize("name", sorted(CLOSED_FORMS))
+def test_closed_forms_of_arrays(name):
+    dice = np.random.default_rng(5)
+    form, (v, *_) = CLOSED_FORMS[name], chunks_of(name)
+    p, m, v = dice.integers(2, 20, 400), dice.integers(1, 60, 400), v + 0 * dice.integers(2, 20, 400)
+    f, b, w = dice.choice([0.25, 0.5, 1.0, 1.5, 2.0, 4.0], (3, 400))
+    comm = dice.choice([0.0, 0.25], 400, p=[0.9, 0.1])
+    many = SimpleNamespace(f=f, b=b, w=w, comm=comm, stage=f + b + w)
+    one_by_one = [
+        ((int(p[i]), int(m[i]), int(v[i])), Times(float(f[i]), float(b[i]), float(w[i]), float(comm[i]))) for i in range(400)
+    ]
+    assert form.idle((p, m, v), many).tolist() == pytest.approx([form.idle(*case) for case in one_by_one], rel=1e-12)
+    holds = np.broadcast_to(form.holds((p, m, v), many), 400)
+    assert holds.tolist() == [bool(form.holds(*case)) for case in one_by_one] and 0 < holds.sum()
 
 
 @pytest.mark.parametrize("rate", RATES, ids=lambda rate: f"{rate.model}-{rate.microbatches}")
