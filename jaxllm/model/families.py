@@ -21,10 +21,9 @@ class Family:
     """A kind of decoder: embedding, a stack of equal blocks, a norm and a head.
 
     model     the NNX module of all of it, whose parameters are {"layers": one tree, stacked, ...and the outer ones}
-    block     the NNX module of a block, called as block(x, context, shards, save, tap)
-    saved     what remat=none saves of a block beside its input
+    block     the NNX module of a block, called as block(x, context, shards, save, tap, attend, multiply)
     products  the weights of a block that multiply matrices, and the name of what each is multiplied with
-    context   (config, T) -> what every block gets beside x
+    context   (config, positions that attention is among (t,) in f32) -> what every block gets beside x
     entry     names of the outer weights that `embed` takes, head and embedding of a tied model being one
     exit      names of the outer weights that `finish` takes
     embed     (config, {name: weight}, tokens (b, t), shards) -> x (b, t, D)
@@ -33,9 +32,8 @@ class Family:
 
     model: type[nnx.Module]
     block: type[nnx.Module]
-    saved: tuple[str, ...]
     products: Mapping[str, str]
-    context: Callable[[ModelConfig, int], Any]
+    context: Callable[[ModelConfig, jax.Array], Any]
     entry: tuple[str, ...]
     exit: tuple[str, ...]
     embed: Callable[[ModelConfig, Tree, jax.Array, Shards], jax.Array]
@@ -46,7 +44,6 @@ FAMILIES = {
     "llama": Family(
         model=llama.Llama,
         block=llama.Block,
-        saved=llama.SAVED,
         products=llama.PRODUCTS,
         context=llama.rotary,
         entry=("embed",),
@@ -57,9 +54,8 @@ FAMILIES = {
     "gpt": Family(
         model=gpt.GPT,
         block=gpt.Block,
-        saved=gpt.SAVED,
         products=gpt.PRODUCTS,
-        context=lambda config, length: None,
+        context=lambda config, positions: None,
         entry=("embed", "positions"),
         exit=("final_norm", "final_norm_bias"),
         embed=lambda config, outer, tokens, shards: gpt.embed(outer["embed"], outer["positions"], tokens, shards),

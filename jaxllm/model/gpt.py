@@ -18,12 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxllm.model.parts import WHOLE, Shards, attention_scores, causal_softmax, keep, lookup, normal, plain
+from jaxllm.model.attention import Attend, materialised
+from jaxllm.model.parts import WHOLE, Multiply, Shards, keep, lookup, normal, plain
 from jaxllm.spec.model import ModelConfig
-
-# What remat=none saves of a block beside its input: outputs of matmuls, with their biases, and of reductions over
-# devices, so that the backward pass recomputes only elementwise work from them.
-SAVED = ("q", "k", "v", "scores", "attention", "residual", "up")
 
 # The weights of a block that multiply matrices, and the name of what each is multiplied with.
 PRODUCTS = {
@@ -50,8 +47,8 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def embed(table: jax.Array, positions: jax.Array, tokens: jax.Array, shards: Shards = WHOLE) -> jax.Array:
-    """Rows of the table (V, D) for tokens (b, t), plus the first t of the positions (P, D), which every slice holds."""
-    return lookup(table, tokens, shards) + positions[: tokens.shape[1]]
+    """Rows of the table (V, D) for tokens (b, t), plus those of the positions (P, D), which every slice holds."""
+    return lookup(table, tokens, shards) + shards.part(shards.rows(positions, tokens.shape[1]))
 
 
 class Block(nnx.Module):
@@ -92,28 +89,29 @@ class Block(nnx.Module):
         shards: Shards = WHOLE,
         save: Callable[[str, jax.Array], jax.Array] = keep,
         tap: Callable[[str, jax.Array, jax.Array], jax.Array] = plain,
+        attend: Attend = materialised,
+        multiply: Multiply | None = None,
     ) -> jax.Array:
-        """x (b, t, D) -> (b, t, D). `save(name, value)` sees each activation named in SAVED and returns it, and
-        `tap(name, input, product)` each product named in PRODUCTS, before its bias and any sum over the slices."""
-        b, t, _ = x.shape
-        times = lambda name, y: tap(name, y, self.product(name, y, shards))  # noqa: E731
+        """x (b, t, D) -> (b, t, D). `save(name, value)` sees each activation named in spec.activations and returns it, and
+        `tap(name, input, product)` each product named in PRODUCTS, before its bias and any sum over the slices. `attend`
+        is one of jaxllm.model.attention; `multiply(name, input, weight)` makes the products, where `@` is not to."""
+        times = lambda name, y: tap(name, y, self.product(name, y, shards, multiply))  # noqa: E731
         bias = lambda name: getattr(self, f"{name}_bias")[...].astype(x.dtype)  # noqa: E731
 
         h = shards.enter(layer_norm(x, self.attention_norm[...], self.attention_norm_bias[...], self.epsilon))
-        q, k, v = (
-            save(name, times(name, h) + bias(name)).reshape(b, t, -1, self.head_dim) for name in ("q", "k", "v")
-        )
-        scores = save("scores", attention_scores(q[:, :, :, None], k))
-        mixed = jnp.einsum("bkgts,bskh->btkgh", causal_softmax(scores), v).reshape(b, t, -1)
-        x = save("residual", x + shards.sum(times("o", save("attention", mixed))) + bias("o"))
+        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
+        q, k, v = (heads(save(name, shards.to_heads(times(name, h) + bias(name)))) for name in ("q", "k", "v"))
+        mixed = shards.to_positions(attend(q[:, :, :, None], k, v, save))
+        x = save("residual", x + shards.leave(times("o", mixed)) + bias("o"))
 
         h = shards.enter(layer_norm(x, self.mlp_norm[...], self.mlp_norm_bias[...], self.epsilon))
         hidden = gelu(save("up", times("up", h) + bias("up")))
-        return x + shards.sum(times("down", hidden)) + bias("down")
+        return x + shards.leave(times("down", hidden)) + bias("down")
 
-    def product(self, name: str, x: jax.Array, shards: Shards = WHOLE) -> jax.Array:
+    def product(self, name: str, x: jax.Array, shards: Shards = WHOLE, multiply: Multiply | None = None) -> jax.Array:
         """x (b, t, in) times the weight of that name: (b, t, out), without its bias."""
-        return x @ getattr(self, name)[...].astype(x.dtype)
+        weight = getattr(self, name)[...].astype(x.dtype)
+        return x @ weight if multiply is None else multiply(name, x, weight)
 
 
 class GPT(nnx.Module):

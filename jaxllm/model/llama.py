@@ -18,12 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxllm.model.parts import WHOLE, Shards, attention_scores, causal_softmax, keep, lookup, normal, plain
+from jaxllm.model.attention import Attend, materialised
+from jaxllm.model.parts import WHOLE, Multiply, Shards, keep, lookup, normal, plain
 from jaxllm.spec.model import ModelConfig
-
-# What remat=none saves of a block beside its input. Each is the output of a matmul or of a reduction over devices
-# (or, for "residual", of both), so that the backward pass recomputes only elementwise work from them.
-SAVED = ("q", "k", "v", "scores", "attention", "residual", "gate", "up")
 
 # The weights of a block that multiply matrices, and the name of what each is multiplied with: all that its gradient
 # needs beside the gradient of its output, so that a pipeline can put it off to a step of its own.
@@ -45,8 +42,9 @@ def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
     return (wide * scale).astype(x.dtype) * weight.astype(x.dtype)
 
 
-def rotary(config: ModelConfig, length: int) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the rotary embedding (Su et al. 2021), each (t, H/2) in f32, with Llama 3.1's scaling."""
+def rotary(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of the rotary embedding (Su et al. 2021) of positions (t,) in f32, each (t, H/2) in f32, with Llama
+    3.1's scaling."""
     frequency = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
     scaling = config.rope_scaling
     if scaling is not None:
@@ -57,7 +55,7 @@ def rotary(config: ModelConfig, length: int) -> tuple[jax.Array, jax.Array]:
         # Below 0 the wavelength is long and fully stretched, above 1 it is short and left alone.
         smooth = jnp.clip(smooth, 0.0, 1.0)
         frequency = (1 - smooth) * frequency / scaling.factor + smooth * frequency
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
+    angle = positions[:, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -96,29 +94,30 @@ class Block(nnx.Module):
         shards: Shards = WHOLE,
         save: Callable[[str, jax.Array], jax.Array] = keep,
         tap: Callable[[str, jax.Array, jax.Array], jax.Array] = plain,
+        attend: Attend = materialised,
+        multiply: Multiply | None = None,
     ) -> jax.Array:
-        """x (b, t, D) -> (b, t, D). `save(name, value)` sees each activation named in SAVED and returns it, and
-        `tap(name, input, product)` each product named in PRODUCTS, before any sum over the slices."""
-        b, t, _ = x.shape
-        heads = lambda y: y.reshape(b, t, -1, self.head_dim)  # noqa: E731
-        times = lambda name, y: tap(name, y, self.product(name, y, shards))  # noqa: E731
+        """x (b, t, D) -> (b, t, D). `save(name, value)` sees each activation named in spec.activations and returns it, and
+        `tap(name, input, product)` each product named in PRODUCTS, before any sum over the slices. `attend` is one of
+        jaxllm.model.attention; `multiply(name, input, weight)` makes the products, where `@` is not to."""
+        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
+        times = lambda name, y: tap(name, y, self.product(name, y, shards, multiply))  # noqa: E731
 
         h = shards.enter(rms_norm(x, self.attention_norm[...], self.epsilon))
-        q = rotate(heads(save("q", times("q", h))), rope)
-        k = rotate(heads(save("k", times("k", h))), rope)
-        v = heads(save("v", times("v", h)))
-        scores = save("scores", attention_scores(q.reshape(b, t, k.shape[2], -1, self.head_dim), k))
-        mixed = jnp.einsum("bkgts,bskh->btkgh", causal_softmax(scores), v).reshape(b, t, -1)
-        x = save("residual", x + shards.sum(times("o", save("attention", mixed))))
+        q, k, v = (heads(save(name, shards.to_heads(times(name, h)))) for name in ("q", "k", "v"))
+        q, k = rotate(q, rope), rotate(k, rope)
+        mixed = shards.to_positions(attend(q.reshape(*k.shape[:3], -1, self.head_dim), k, v, save))
+        x = save("residual", x + shards.leave(times("o", mixed)))
 
         h = shards.enter(rms_norm(x, self.mlp_norm[...], self.epsilon))
         hidden = jax.nn.silu(save("gate", times("gate", h))) * save("up", times("up", h))
-        return x + shards.sum(times("down", hidden))
+        return x + shards.leave(times("down", hidden))
 
-    def product(self, name: str, x: jax.Array, shards: Shards = WHOLE) -> jax.Array:
+    def product(self, name: str, x: jax.Array, shards: Shards = WHOLE, multiply: Multiply | None = None) -> jax.Array:
         """x (b, t, in) times the weight of that name: (b, t, out)."""
         weight = getattr(self, name)[...].astype(x.dtype)
-        return x @ (self._own_kv(weight, shards) if name in ("k", "v") else weight)
+        weight = self._own_kv(weight, shards) if name in ("k", "v") else weight
+        return x @ weight if multiply is None else multiply(name, x, weight)
 
     def _own_kv(self, weight: jax.Array, shards: Shards) -> jax.Array:
         """The key or value columns (D, k*H) that the query heads held here attend with.
@@ -151,7 +150,7 @@ class Llama(nnx.Module):
 
     def __call__(self, tokens: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
         """tokens (b, t) int -> logits (b, t, V) in `dtype`, the dtype of the activations."""
-        rope = rotary(self.config, tokens.shape[1])
+        rope = rotary(self.config, jnp.arange(tokens.shape[1], dtype=jnp.float32))
         x = lookup(self.embed[...].astype(dtype), tokens)
         x, _ = lax.scan(lambda x, block: (block(x, rope), None), x, self.layers)
         head = self.embed[...].T if self.config.tied else self.head[...]

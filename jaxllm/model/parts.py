@@ -1,6 +1,6 @@
-"""What the families share: hooks on a block, attention, a sliced vocabulary at both ends.
+"""What the families share: hooks on a block, a sliced vocabulary at both ends.
 
-Shapes: b sequences, t or s positions, D model, k key/value heads and g query heads for each, H head size, V vocabulary.
+Shapes: b sequences, t positions, D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from flax import nnx
 from jax import lax
 
 
+Multiply = Callable[[str, jax.Array, jax.Array], jax.Array]
+
+
 def _same(x: Any) -> Any:
     return x
 
@@ -23,16 +26,33 @@ def _same(x: Any) -> Any:
 class Shards:
     """How a slice of the model meets the other slices: Megatron's f and g, and what a sliced vocabulary needs.
 
-    enter  where the slices part: identity forward, sum over the slices backward (Megatron's f)
-    sum    where partial results meet: sum over the slices forward, identity backward (Megatron's g)
+    enter  from the residual stream to where the slices part: identity forward, sum over the slices backward (Megatron's
+           f), or all positions of a stream that is cut along the sequence
+    leave  where partial results meet in the residual stream: sum over the slices forward, identity backward (Megatron's
+           g), or of that sum the positions of this slice
+    part   of something that every slice holds, by position in its first dim, the rows that this slice's stream has
+    sum    the sum of numbers for each token over the slices
     max    the largest over the slices; not differentiated
     index  which slice this is, 0 to n-1
+
+    And where devices share out the positions of a sequence:
+
+    rows          of something that every one holds, by position in its first dim, as many rows as there are tokens here, in
+                  their order
+    to_heads      features of the positions here (b, t, heads and head size), all heads one behind the other: those of all
+                  positions, of the heads that attention is computed for here
+    to_positions  the inverse
     """
 
     enter: Callable[[jax.Array], jax.Array] = _same
+    leave: Callable[[jax.Array], jax.Array] = _same
+    part: Callable[[jax.Array], jax.Array] = _same
     sum: Callable[[jax.Array], jax.Array] = _same
     max: Callable[[jax.Array], jax.Array] = _same
     index: Callable[[], Any] = lambda: 0
+    rows: Callable[[jax.Array, int], jax.Array] = lambda table, tokens: table[:tokens]
+    to_heads: Callable[[jax.Array], jax.Array] = _same
+    to_positions: Callable[[jax.Array], jax.Array] = _same
 
 
 WHOLE = Shards()
@@ -48,27 +68,15 @@ def plain(name: str, value: jax.Array, product: jax.Array) -> jax.Array:
     return product
 
 
-def attention_scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """q (b, t, k, g, H) against k (b, s, k, H): scaled scores (b, k, g, t, s)."""
-    return jnp.einsum("btkgh,bskh->bkgts", q, k) * q.shape[-1] ** -0.5
-
-
-def causal_softmax(scores: jax.Array) -> jax.Array:
-    """Softmax over the last dim with the future masked, computed in f32, returned in the dtype of the scores."""
-    t, s = scores.shape[-2:]
-    past = lax.broadcasted_iota(jnp.int32, (t, s), 0) >= lax.broadcasted_iota(jnp.int32, (t, s), 1)
-    return jax.nn.softmax(jnp.where(past, scores.astype(jnp.float32), -1e30), axis=-1).astype(scores.dtype)
-
-
 def lookup(table: jax.Array, tokens: jax.Array, shards: Shards = WHOLE) -> jax.Array:
     """Rows of a table (V, D) sliced by vocabulary, for tokens (b, t): masked where the row lies elsewhere, then summed.
 
-    Megatron-LM's vocabulary-parallel embedding: one all-reduce, no one-hot matmul.
+    Megatron-LM's vocabulary-parallel embedding: one all-reduce or reduce-scatter, no one-hot matmul.
     """
     rows = table.shape[0]
     local = tokens - shards.index() * rows
     here = (local >= 0) & (local < rows)
-    return shards.sum(jnp.where(here[..., None], jnp.take(table, local, axis=0, mode="clip"), 0))
+    return shards.leave(jnp.where(here[..., None], jnp.take(table, local, axis=0, mode="clip"), 0))
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, vocab: int, shards: Shards = WHOLE) -> jax.Array:

@@ -15,6 +15,7 @@ from jaxllm.model import WHOLE, Shards, family
 from jaxllm.model.gpt import gelu, layer_norm
 from jaxllm.program import reference
 from jaxllm.program.run import random_batch, random_parameters
+from jaxllm.spec import activations
 from jaxllm.spec.model import ModelConfig, RopeScaling
 from tests.model import numpy_gpt, numpy_llama
 
@@ -187,7 +188,7 @@ def test_slices_of_a_block_together_are_the_block(config):
     block, state = nnx.split(nnx.eval_shape(lambda: kind.block(config, rngs=nnx.Rngs(0))))
     dims = {name: param.get_metadata()["dims"] for name, param in state.items()}
     x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 7, config.d_model)), jnp.float32)
-    context = kind.context(config, 7)
+    context = kind.context(config, jnp.arange(7.0))
 
     def part(name, rank):
         sliced = [i for i, dim in enumerate(dims[name]) if dim in ("heads", "kv_heads", "mlp")]
@@ -203,13 +204,13 @@ def test_slices_of_a_block_together_are_the_block(config):
             mine.append(value)
             return next(given, value)
 
-        nnx.merge(block, {name: part(name, rank) for name in weights})(x, context, Shards(sum=total))
+        nnx.merge(block, {name: part(name, rank) for name in weights})(x, context, Shards(leave=total))
         return mine
 
     for number in range(2):
         sums.append(sum(partial_sums(rank, sums)[number] for rank in range(2)))
     given = iter(sums)
-    sliced = nnx.merge(block, {name: part(name, 0) for name in weights})(x, context, Shards(sum=lambda _: next(given)))
+    sliced = nnx.merge(block, {name: part(name, 0) for name in weights})(x, context, Shards(leave=lambda _: next(given)))
     whole = nnx.merge(block, weights)(x, context, WHOLE)
     assert relative(sliced, np.asarray(whole, np.float64)) < 1e-5
 
@@ -234,8 +235,8 @@ def test_hooks_see_what_the_family_declares(config):
         np.testing.assert_array_equal(value, seen[kind.products[name]])
         return product
 
-    block(x, kind.context(config, 5), WHOLE, save, tap)
-    assert tuple(saved) == kind.saved
+    block(x, kind.context(config, jnp.arange(5.0)), WHOLE, save, tap)
+    assert tuple(saved) == activations.BY_FAMILY[config.family]
     assert set(seen) == set(kind.products.values())
 
 
