@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxllm.model import family
-from jaxllm.program import gradient, optimizer, pipeline
-from jaxllm.program.gradient import BATCH
+from jaxllm.model import family, order
+from jaxllm.program import fp8, gradient, offload, optimizer, pipeline
 from jaxllm.program.sharding import DTYPES, Placement, held_specs, is_placement, place, plain_tree, state_specs
+from jaxllm.program.transformations import registry
 from jaxllm.spec.errors import SpecError
 from jaxllm.spec.layout import Layout
 from jaxllm.spec.model import ModelConfig
@@ -26,6 +26,8 @@ from jaxllm.theory.partition import stages_of
 from jaxllm.theory.stages import Stages
 
 Tree = Any
+
+ROWS = PartitionSpec(None, ("replica", "data"), "context")  # tokens and targets (microbatches, sequences, T)
 
 
 def device_mesh(layout: Layout, devices: Sequence[Any]) -> Mesh:
@@ -78,7 +80,8 @@ class Built:
 
     step       jitted (parameters, optimizer, batch) -> (parameters, optimizer, metrics); state is donated
     loss       jitted (parameters, batch) -> loss, by the forward pass alone
-    arguments  abstract parameters, optimizer and batch, with their shardings
+    arguments  abstract parameters, optimizer and batch, with their shardings; the tokens of a batch are in the order of
+               `positions`
     stages     of a pipeline, None without one
     places     how each parameter is sliced
     """
@@ -106,23 +109,24 @@ class Built:
         trim = partial(jax.tree.map, partial(on_mesh, mesh=self.mesh))
         return trim(held_specs(self.places, self.layout)), trim(state_specs(self.places, self.layout))
 
-    def _on_each_device(self, body: Any, out_specs: Any) -> Any:
-        """A function of local parameters and batch, as one of global arrays."""
+    def _on_each_device(self, body: Any, out_specs: Any, *more: Any) -> Any:
+        """A function of local parameters and batch, and of what has the specs of `more`, as one of global arrays."""
         body = partial(body, config=self.model, layout=self.layout, workload=self.workload, places=self.places)
         if self.stages is not None:
             body = partial(body, stages=self.stages)
-        rows = on_mesh(PartitionSpec(None, BATCH, None), self.mesh)
+        rows = on_mesh(ROWS, self.mesh)
         return jax.shard_map(
             body,
             mesh=self.mesh,
-            in_specs=(self._specs[0], {"tokens": rows, "targets": rows}),
+            in_specs=(self._specs[0], {"tokens": rows, "targets": rows}, *more),
             out_specs=out_specs,
             check_vma=True,
         )
 
-    def _gradients(self, parameters: Tree, batch: Tree) -> tuple[jax.Array, Tree, jax.Array]:
-        out_specs = (PartitionSpec(), self._specs[1], PartitionSpec())
-        return self._on_each_device(self._program.gradients, out_specs)(parameters, batch)
+    def _gradients(self, parameters: Tree, batch: Tree, factor: Any, scales: Any) -> tuple[jax.Array, Tree, jax.Array, Any]:
+        alike = PartitionSpec()
+        of = self._on_each_device(self._program.gradients, (alike, self._specs[1], alike, alike), alike, alike)
+        return of(parameters, batch, factor, scales)
 
     @property
     def _program(self) -> Any:
@@ -132,21 +136,28 @@ class Built:
     def step(self) -> Any:
         held, sliced = self._specs
 
-        def step(parameters: Tree, optimizer_state: Tree, batch: Tree) -> tuple[Tree, Tree, dict[str, jax.Array]]:
-            loss, grads, norm = self._gradients(parameters, batch)
+        def step(held_parameters: Tree, optimizer_state: Tree, batch: Tree) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+            parameters = offload.small_to_device(held_parameters)
+            amaxes = optimizer_state.get("amax")
+            scales = None if amaxes is None else fp8.scales(amaxes)
+            loss, grads, norm, found = self._gradients(parameters, batch, optimizer_state.get("scale"), scales)
             with jax.named_scope("update"):
                 parameters, optimizer_state = optimizer.update(
                     parameters,
                     optimizer_state,
                     grads,
                     norm,
+                    layout=self.layout,
                     workload=self.workload,
+                    places=self.places,
                     held=held,
                     sliced=sliced,
                     learning_rate=self.learning_rate,
                     warmup=self.warmup,
                 )
-            return parameters, optimizer_state, {"loss": loss, "gradient_norm": norm}
+                if amaxes is not None:
+                    optimizer_state["amax"] = fp8.entered(amaxes, found)
+            return offload.back(parameters, held_parameters), optimizer_state, {"loss": loss, "gradient_norm": norm}
 
         # Named as the ledger's lines: XLA calls its arguments by these names. An argument that is not used still counts.
         def train_step(parameters: Tree, optimizer: Tree, batch: Tree) -> Any:
@@ -178,9 +189,15 @@ class Built:
         """The optimizer's state for real parameters on the mesh."""
         with jax.set_mesh(self.mesh):
             return jax.jit(
-                lambda parameters: optimizer.init(parameters, self.workload, self.learning_rate),
+                lambda parameters: _begun(offload.to_device(parameters), self.model, self.workload, self.places),
                 out_shardings=self._shardings(self.arguments[1]),
             )(parameters)
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """The place in its sequence of each token of a batch (T,): devices of a ring have two parts of it each."""
+        length = self.workload.sequence
+        return order(self.layout.context, length) if self.layout.ring else np.arange(length)
 
     def lower(self) -> Any:
         """The step, traced and lowered for the platform of its mesh."""
@@ -195,9 +212,9 @@ class Built:
         """The placement of a leaf of parameters or optimizer, whose path ends in that of its parameter; None for others."""
         for tail, place in jax.tree_util.tree_leaves_with_path(self.places, is_leaf=is_placement):
             if path[-len(tail) :] == tail:
-                return place
+                slot = getattr(path[-len(tail) - 1], "name", "") if len(path) > len(tail) else ""
+                return registry()[self.workload.optimizer].placed(slot, place) if slot else place
         return None
-
 
     @property
     def logical_bytes(self) -> dict[str, int]:
@@ -235,6 +252,12 @@ class Built:
                 yield name + jax.tree_util.keystr(path), size, place
 
 
+def _begun(parameters: Tree, model: ModelConfig, workload: Workload, places: Tree) -> Tree:
+    """The optimizer's state for parameters that are sliced as it is, and amaxes where products are in 8 bits."""
+    state = optimizer.init(parameters, workload, places)
+    return state | {"amax": fp8.begin(model)} if workload.dtypes.fp8 else state
+
+
 def build(
     model: ModelConfig,
     layout: Layout,
@@ -266,13 +289,17 @@ def build(
             )
             for specs in (held_specs, state_specs)
         )
-        state = jax.eval_shape(lambda tree: optimizer.init(tree, workload, learning_rate), sliced)
+        state = jax.eval_shape(lambda tree: _begun(tree, model, workload, places), sliced)
     # eval_shape keeps the spec of each array in its type; as an argument it needs the mesh too.
     state = jax.tree.map(
         lambda leaf: abstract(leaf.shape, leaf.dtype, leaf.sharding.spec if leaf.sharding else PartitionSpec()), state
     )
-    rows = PartitionSpec(None, BATCH, None)
-    tokens = abstract((layout.microbatches, sequences, workload.sequence), jnp.int32, rows)
+    if layout.state_on_host:
+        on_device = {key: state.pop(key) for key in ("amax",) if key in state}  # needed before the forward pass
+        state = offload.offloaded(state) | on_device
+    if layout.parameters_on_host:
+        parameters = offload.offloaded(parameters)
+    tokens = abstract((layout.microbatches, sequences, workload.sequence), jnp.int32, ROWS)
     return Built(
         model=model,
         layout=layout,

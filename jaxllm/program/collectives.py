@@ -41,14 +41,33 @@ def largest(x: jax.Array, axes: Iterable[str]) -> jax.Array:
     return lax.pmax(x, names) if (names := present(axes)) else x
 
 
-def gathered(x: jax.Array, axis: str, dim: int) -> jax.Array:
+def gathered(x: jax.Array, axes: Iterable[str], dim: int) -> jax.Array:
     """All-gather: the slices of x along `dim`, put together."""
-    return lax.all_gather(x, names, axis=dim, tiled=True) if (names := present((axis,))) else x
+    return lax.all_gather(x, names, axis=dim, tiled=True) if (names := present(axes)) else x
 
 
-def scattered_total(x: jax.Array, axis: str, dim: int) -> jax.Array:
-    """Reduce-scatter: this device's slice along `dim` of the sum of x over the axis."""
-    return lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True) if (names := present((axis,))) else x
+def scattered_total(x: jax.Array, axes: Iterable[str], dim: int) -> jax.Array:
+    """Reduce-scatter: this device's slice along `dim` of the sum of x over the axes."""
+    return lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True) if (names := present(axes)) else x
+
+
+def exchanged(x: jax.Array, axis: str, given: int, taken: int) -> jax.Array:
+    """All-to-all: of the slices of x along `given` each device gets one, and with it those of all others along `taken`."""
+    return lax.all_to_all(x, names, given, taken, tiled=True) if (names := present((axis,))) else x
+
+
+def passed_on(x: jax.Array, axis: str) -> jax.Array:
+    """Permute: x of the device before this one along the axis, the first one's from the last."""
+    size = lax.axis_size(axis)
+    return lax.ppermute(x, axis, [(i, (i + 1) % size) for i in range(size)])
+
+
+def own(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """This device's slice along `dim` of what all devices of the axis hold whole."""
+    if not (names := present((axis,))):
+        return x
+    size = x.shape[dim] // lax.axis_size(names[0])
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(names[0]) * size, size, dim)
 
 
 def index(axis: str) -> Any:

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2019) from optax, under the precisions and ZeRO stages.
+"""The optimizer under the precisions and ZeRO stages: a clipped update, by one of jaxllm/program/transformations.
 
 Runs in explicit-sharding mode: arrays are global and their types carry their specs, so that `jax.reshard` is the whole
 of ZeRO's update: a slice of the parameters in, an all-gather out.
@@ -6,7 +6,8 @@ of ZeRO's update: a slice of the parameters in, an all-gather out.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,17 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxllm.program import offload
+from jaxllm.program.sharding import DTYPES, axes
+from jaxllm.program.transformations import registry
+from jaxllm.spec.layout import Layout
 from jaxllm.spec.workload import Workload
 
 Tree = Any
 
 CLIP_NORM = 1.0
+# Of a scaled loss: the first factor, and steps of finite gradients until it doubles; as torch.amp.GradScaler has them.
+SCALE, GROW = 2.0**16, 2000
 LEARNING_RATE = 3e-4
 
 
@@ -34,16 +41,18 @@ def rate(peak: float, warmup: int, count: Any) -> Any:
     return peak * jnp.minimum(number / warmup, jnp.sqrt(warmup / number))
 
 
-def transformation(learning_rate: Any) -> optax.GradientTransformation:
-    """AdamW with the betas, epsilon and decay of Llama 2 (Touvron et al. 2023b, section 2.2)."""
-    return optax.adamw(learning_rate, b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.1)
-
-
-def init(parameters: Tree, workload: Workload, learning_rate: float) -> Tree:
-    """Optimizer state for parameters that are sliced as the state is: m and v in f32, the count, perhaps a master."""
+def init(parameters: Tree, workload: Workload, places: Tree) -> Tree:
+    """Optimizer state for parameters that are sliced as the state is: optax's, the number of updates where optax's has none,
+    perhaps a master copy, and where the loss is scaled its factor and the steps since that changed."""
     wide = jax.tree.map(lambda parameter: parameter.astype(jnp.float32), parameters)
-    state = {"adamw": transformation(learning_rate).init(wide)}
-    return state | {"master": wide} if workload.dtypes.master else state
+    name = workload.optimizer
+    dtypes = workload.dtypes
+    state = {name: _cast(registry()[name].make(0.0, places).init(wide), DTYPES[dtypes.state])}
+    if not optax.tree.get_all_with_path(state, "count"):
+        state["count"] = jnp.zeros([], jnp.int32)
+    if dtypes.scaled:
+        state |= {"scale": jnp.float32(SCALE), "finite": jnp.zeros([], jnp.int32)}
+    return state | {"master": wide} if dtypes.master else state
 
 
 def update(
@@ -52,26 +61,80 @@ def update(
     gradients: Tree,
     norm: jax.Array,
     *,
+    layout: Layout,
     workload: Workload,
+    places: Tree,
     held: Tree,
     sliced: Tree,
     learning_rate: float,
     warmup: int,
 ) -> tuple[Tree, Tree]:
-    """One clipped AdamW update. `held` and `sliced` are the specs of parameters between steps and of the state."""
+    """One clipped update. `held` and `sliced` are the specs of parameters between steps and of the state.
+
+    Where the loss is scaled so are the gradients, but not their norm. Where that is not finite nothing changes but the
+    factor.
+    """
     # optax.clip_by_global_norm, with the norm that the gradient's shard_map already summed over the mesh.
     clip = jnp.minimum(1.0, CLIP_NORM / jnp.maximum(norm, 1e-30))
-    gradients = jax.tree.map(lambda gradient: gradient.astype(jnp.float32) * clip, gradients)
-    current = state.get("master") or jax.tree.map(jax.reshard, parameters, sliced)
-    # From Adam's own count: a schedule of optax's would keep a second one.
-    current_rate = rate(learning_rate, warmup, optax.tree.get(state["adamw"], "count"))
-    updates, adamw = transformation(current_rate).update(gradients, state["adamw"], current)
-    current = optax.apply_updates(current, updates)
-    # Cast before the gather, so that what is sent is what is held.
-    new = jax.tree.map(lambda parameter, value: value.astype(parameter.dtype), parameters, current)
+    if "scale" in state:
+        clip = clip / state["scale"]
+    # From the optimizer's own count: a schedule of optax's would keep a second one.
+    count = optax.tree.get(state, "count")
+    name = workload.optimizer
+    numbers = Numbers(clip, rate(learning_rate, warmup, count), jnp.isfinite(norm) if "scale" in state else None)
+    updated = partial(_updated, name, places)
+    master = state.get("master")
+    if not layout.state_on_host:
+        weights = master or jax.tree.map(jax.reshard, parameters, sliced)
+        current, after = updated(weights, state[name], gradients, numbers)
+        master = master and current
+        # Cast before the gather, so that what is sent is what is held.
+        new = jax.tree.map(lambda parameter, value: value.astype(parameter.dtype), parameters, current)
+    else:
+        # Where parameters are in host memory too, they are sliced as the state is.
+        pieces = parameters if layout.parameters_on_host else jax.tree.map(jax.reshard, parameters, sliced)
+        new, after, master = offload.streamed(updated, pieces, state[name], master, gradients, numbers, sliced)
+    more = {"count": numbers.keep(count + 1, count)} if "count" in state else {}
+    if numbers.finite is not None:
+        more |= _scale(state, numbers.finite)
     if held != sliced:  # ZeRO 1 and 2
         new = _gather(parameters, new, held, sliced)
-    return new, {"adamw": adamw} | ({"master": current} if workload.dtypes.master else {})
+    return new, {name: after} | more | ({"master": master} if workload.dtypes.master else {})
+
+
+class Numbers(NamedTuple):
+    """What is the same for all weights in an update: the factor of gradients, the learning rate, and of a scaled loss
+    whether its gradients are finite."""
+
+    clip: jax.Array
+    rate: Any
+    finite: jax.Array | None
+
+    def keep(self, new: Tree, old: Tree) -> Tree:
+        """The new arrays, or the old ones where the gradients are not finite."""
+        return new if self.finite is None else jax.tree.map(partial(jnp.where, self.finite), new, old)
+
+
+def _updated(name: str, places: Tree, current: Tree, kept: Tree, gradients: Tree, numbers: Numbers) -> tuple[Tree, Tree]:
+    """Weights and an optimizer's state of them after an update."""
+    gradients = jax.tree.map(lambda gradient: gradient.astype(jnp.float32) * numbers.clip, gradients)
+    transformation = registry()[name].make(numbers.rate, places)
+    updates, after = transformation.update(gradients, _cast(kept, jnp.float32), current)
+    after = jax.tree.map(lambda new, old: new.astype(old.dtype), after, kept)
+    return numbers.keep(optax.apply_updates(current, updates), current), numbers.keep(after, kept)
+
+
+def _scale(state: Tree, finite: jax.Array) -> Tree:
+    """The factor of the next step's loss: twice as much after GROW steps of finite gradients, else half."""
+    steps = jnp.where(finite, state["finite"] + 1, 0)
+    grow = steps == GROW
+    scale = jnp.where(finite, jnp.where(grow, 2.0, 1.0), 0.5) * state["scale"]
+    return {"scale": scale, "finite": jnp.where(grow, 0, steps)}
+
+
+def _cast(tree: Tree, dtype: Any) -> Tree:
+    """Its arrays of floats in that dtype; counts as they are."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def _gather(parameters: Tree, new: Tree, held: Tree, sliced: Tree) -> Tree:
@@ -102,11 +165,7 @@ def _gather(parameters: Tree, new: Tree, held: Tree, sliced: Tree) -> Tree:
 def _whole(piece: jax.Array, before: PartitionSpec, after: PartitionSpec, stacked: int = 0) -> jax.Array:
     """A slice of the spec `before`, gathered over the axes that `after` lacks."""
     for dim, (had, has) in enumerate(zip(before, (*after, *[None] * (len(before) - len(after))), strict=True)):
-        lacking = [axis for axis in _axes(had) if axis not in _axes(has)]
+        lacking = [axis for axis in axes(had) if axis not in axes(has)]
         if lacking:
             piece = lax.all_gather(piece, tuple(lacking), axis=dim - stacked, tiled=True)
     return piece
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else entry or ()

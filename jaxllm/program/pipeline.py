@@ -26,14 +26,14 @@ from jax import lax
 from jax.experimental.layout import Layout as DeviceLayout
 from jax.experimental.layout import with_layout_constraint
 
-from jaxllm.model import Family, family
+from jaxllm.model import Family, Shards, family
 from jaxllm.program import collectives as mesh
 from jaxllm.program import gradient as whole
-from jaxllm.program.gradient import BATCH, SHARDS, TENSOR, substitute
+from jaxllm.program.gradient import TENSOR, substitute
 from jaxllm.program.sharding import DTYPES
 from jaxllm.schedules import Schedule
 from jaxllm.schedules.counts import Slots, Step, plan, slots
-from jaxllm.spec.layout import Layout
+from jaxllm.spec.layout import TOKEN_AXES, Layout
 from jaxllm.spec.model import ModelConfig
 from jaxllm.spec.workload import Workload
 from jaxllm.theory.stages import Stages, forward_only
@@ -91,22 +91,24 @@ def neighbours(schedule: Schedule) -> tuple[list[tuple[int, int]], list[tuple[in
 def gradients(
     parameters: Tree,
     batch: dict[str, jax.Array],
+    factor: jax.Array | None = None,
+    scales: None = None,
     *,
     config: ModelConfig,
     layout: Layout,
     workload: Workload,
     places: Tree,
     stages: Stages,
-) -> tuple[jax.Array, Tree, jax.Array]:
-    """Local parameters and batch (microbatches, b, t) -> loss, reduced gradients, their global norm.
+) -> tuple[jax.Array, Tree, jax.Array, None]:
+    """Local parameters and batch (microbatches, b, t) -> loss, reduced gradients, their global norm, and no amaxes.
 
-    As jaxllm.program.gradient.gradients, whose layouts have no pipeline. The leading dim of the parameters is this
-    stage's: rows of layers, and one of each weight outside of them. Runs inside shard_map.
+    As jaxllm.program.gradient.gradients, whose layouts have no pipeline and may have products in 8 bits. The leading dim of
+    the parameters is this stage's: rows of layers, and one of each weight outside of them. Runs inside shard_map.
     """
     outer, layers = _parts(parameters)
     with jax.named_scope("forward"):
-        tokens = mesh.total(jnp.sum(batch["targets"] >= 0).astype(jnp.float32), BATCH)
-        scale = 1.0 / jnp.maximum(tokens, 1.0)
+        tokens = mesh.total(jnp.sum(batch["targets"] >= 0).astype(jnp.float32), TOKEN_AXES)
+        scale = (1.0 if factor is None else factor) / jnp.maximum(tokens, 1.0)
     work = _Work(config, layout, workload, places, stages, outer, layers, batch, scale)
     state = work.state(slots(stages.schedule), training=True)
     state = _interpret(work, table(stages, plan(stages.schedule)), state)
@@ -119,10 +121,10 @@ def gradients(
             reduced["embed"] = _exchanged(reduced["embed"], stages)
         reduced = {key: value if key == "layers" else value[None] for key, value in reduced.items()}
     with jax.named_scope("forward"):
-        loss = mesh.total(state.loss, (*PIPE, *BATCH))
+        loss = mesh.total(state.loss, (*PIPE, *TOKEN_AXES))
     with jax.named_scope("update"):
         norm = whole.global_norm(_counted_once(reduced, config, stages), places, layout)
-    return loss, reduced, norm
+    return (loss, reduced, norm, None) if factor is None else (loss / factor, reduced, norm / factor, None)
 
 
 def mean_loss(
@@ -141,7 +143,7 @@ def mean_loss(
     forward = forward_only(stages.schedule)
     state = _interpret(work, table(stages, plan(forward)), work.state(slots(forward), training=False))
     tokens = jnp.sum(batch["targets"] >= 0).astype(jnp.float32)
-    return mesh.total(state.loss, (*PIPE, *BATCH)) / jnp.maximum(mesh.total(tokens, BATCH), 1.0)
+    return mesh.total(state.loss, (*PIPE, *TOKEN_AXES)) / jnp.maximum(mesh.total(tokens, TOKEN_AXES), 1.0)
 
 
 def _parts(parameters: Tree) -> tuple[Tree, Tree]:
@@ -227,7 +229,7 @@ class _Work:
     def state(self, given: Slots, *, training: bool) -> State:
         """Empty buffers, as many as the schedule needs, and the accumulators."""
         stream = self._stream()
-        zero = mesh.vary(jnp.float32(0.0), (*PIPE, *BATCH))
+        zero = mesh.vary(jnp.float32(0.0), (*PIPE, *TOKEN_AXES))
         inputs = self._buffers("inbox", {"": stream}, given.inputs)[""]
         if not training:
             return State(inputs, {}, {}, {}, zero)
@@ -258,10 +260,12 @@ class _Work:
         return {name: made[name] for name in like}
 
     def _stream(self) -> Any:
-        """The type of what travels between layers and stages: (b, t, D), another one on each stage and data rank."""
+        """The type of what travels between layers and stages: (b, t, D), another one on each stage and data rank, and cut
+        along the sequence on each tensor rank."""
         _, b, t = self.batch["tokens"].shape
-        x = jnp.zeros((b, t, self.config.d_model), DTYPES[self.workload.dtypes.compute])
-        return jax.typeof(mesh.vary(x, (*PIPE, *BATCH)))
+        cut, axes = (self.layout.tensor, TENSOR) if self.layout.sequence else (1, ())
+        x = jnp.zeros((b, t // cut, self.config.d_model), DTYPES[self.workload.dtypes.compute])
+        return jax.typeof(mesh.vary(x, (*PIPE, *TOKEN_AXES, *axes)))
 
     def _saved(self) -> Tree:
         """The types of what F stashes of one layer, by name."""
@@ -323,9 +327,15 @@ class _Work:
     def family(self) -> Family:
         return family(self.config)
 
+    @property
+    def shards(self) -> Shards:
+        return whole.shards(self.layout)
+
     def _apply(self, weights: Tree, x: jax.Array, **hooks: Any) -> jax.Array:
         """One block."""
-        return self._merged(weights)(x, self.family.context(self.config, x.shape[1]), SHARDS, **hooks)
+        positions = whole.positions(self.layout, self.batch["tokens"].shape[-1])
+        context = self.family.context(self.config, positions)
+        return self._merged(weights)(x, context, self.shards, attend=whole.attend(self.layout), **hooks)
 
     def _merged(self, weights: Tree) -> Any:
         return nnx.merge(self._definition, weights)
@@ -360,22 +370,22 @@ class _Work:
         slices have a fence of their own: behind one with the others all would be taken for slices.
         """
         here = cell["embed"] > 0  # it always is, inside of the loop
-        outer, shards = {}, SHARDS
+        outer, shards = {}, self.shards
         for sliced in (True, False):
             names = [name for name in self.family.entry if ("tensor" in mesh.varying(self.outer[name])) == sliced]
             if names:
                 carried = mesh.vary(x, TENSOR) if sliced else x
                 held, carried = lax.optimization_barrier(({name: self.outer[name] for name in names}, carried))
                 outer |= {name: self._gather(weight, self.places[name]) for name, weight in held.items()}
-                if sliced:
-                    shards = replace(SHARDS, sum=lambda y, x=carried: SHARDS.sum(jnp.where(here, y, x)))
+                if sliced and not self.layout.sequence:
+                    shards = replace(shards, leave=lambda y, x=carried: self.shards.leave(jnp.where(here, y, x)))
                 else:
                     x = carried
         return jnp.where(here, self.family.embed(self.config, outer, self._rows(cell, "tokens"), shards), x)
 
     def _embed_gradient(self, dx: jax.Array, cell: Tree, accumulator: Tree) -> Tree:
         outer, tokens = self._outer(self.family.entry), self._rows(cell, "tokens")
-        _, vjp = jax.vjp(lambda outer: self.family.embed(self.config, outer, tokens, SHARDS), outer)
+        _, vjp = jax.vjp(lambda outer: self.family.embed(self.config, outer, tokens, self.shards), outer)
         return self._add_outer(accumulator, vjp(dx)[0])
 
     def _loss(self, cell: Tree, carried: tuple[jax.Array, jax.Array, Tree]) -> tuple[jax.Array, jax.Array, Tree]:
@@ -383,7 +393,7 @@ class _Work:
         y, loss, accumulator = carried
         targets = self._rows(cell, "targets")
         names = (*self.family.exit, "embed" if self.config.tied else "head")
-        loss_of = lambda y, outer: whole.summed_loss(y, outer, targets, self.config) * self.scale  # noqa: E731
+        loss_of = lambda y, outer: whole.summed_loss(y, outer, targets, self.config, self.layout) * self.scale  # noqa: E731
         with jax.named_scope("forward"):
             outer = self._outer(names)
             if not accumulator:
@@ -403,7 +413,7 @@ class _Work:
         saved = {"input": x}
 
         def save(name: str, value: jax.Array) -> jax.Array:
-            if self.layout.remat == "none" and name in self.family.saved:
+            if name in self.layout.saved:
                 saved[name] = value
             return value
 
@@ -491,7 +501,7 @@ class _Work:
             def products(matrices: Tree) -> Tree:
                 block = self._merged(matrices | vectors)
                 return {
-                    name: block.product(name, tapped[seen], SHARDS) for name, seen in self.family.products.items()
+                    name: block.product(name, tapped[seen], self.shards) for name, seen in self.family.products.items()
                 }
 
             _, vjp = jax.vjp(products, matrices)

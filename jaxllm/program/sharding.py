@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxllm.model import family
-from jaxllm.spec.layout import Layout
+from jaxllm.spec.layout import ZERO_AXES, Layout
 from jaxllm.spec.model import ModelConfig
 from jaxllm.theory.stages import Stages
 
@@ -32,7 +32,9 @@ class Placement:
     stacked: bool  # the first dim runs over layers
     tensor_dim: int | None
     zero_dim: int | None  # the dim that ZeRO slices; None when no dim divides, or when there is nothing to slice over
-    shared: bool  # held whole by every tensor rank, yet each adds to its gradient: replicated key/value weights
+    # Held whole by every tensor rank, yet each adds to its gradient: replicated key/value weights, and what is applied to
+    # a residual stream that is cut along the sequence.
+    shared: bool
     # In a pipeline the first dim runs over the rows of all stages: the layer in each, or 0 where a stage has the weight
     # that is outside of the layers; -1 in rows that nothing needs.
     rows: tuple[int, ...] | None = None
@@ -45,7 +47,7 @@ class Placement:
         if self.tensor_dim is not None:
             axes[self.tensor_dim] += ("tensor",)
         if sliced and self.zero_dim is not None:
-            axes[self.zero_dim] += ("data",)
+            axes[self.zero_dim] += ZERO_AXES
         return PartitionSpec(*(dim[0] if len(dim) == 1 else dim or None for dim in axes))
 
 
@@ -107,28 +109,29 @@ def _placement(param: nnx.Variable, shape: tuple[int, ...], config: ModelConfig,
     dims = param.get_metadata()["dims"]
     first = len(shape) - len(dims)  # 1 when stacked along layers
     sliced = [i + first for i, name in enumerate(dims) if name in TENSOR_DIMS]
-    shared = "kv_heads" in dims and config.kv_heads % layout.tensor != 0
-    tensor_dim = sliced[0] if sliced and layout.tensor > 1 and not shared else None
+    repeated = "kv_heads" in dims and config.kv_heads % layout.tensor != 0
+    tensor_dim = sliced[0] if sliced and layout.tensor > 1 and not repeated else None
+    shared = tensor_dim is None and layout.tensor > 1 and (repeated or layout.sequence)
     zero_dim = None
-    if layout.data > 1:
+    if layout.zero_ways > 1:
         # The first dim that divides: slices of it are contiguous, and XLA:GPU transposes what it must scatter along
         # an inner dim, whole accumulators included. A layer is gathered alone, so its dim stays whole.
         for dim in range(first, len(shape)):
             size = shape[dim] // (layout.tensor if dim == tensor_dim else 1)
-            if size % layout.data == 0:
+            if size % layout.zero_ways == 0:
                 zero_dim = dim
                 break
     logical = tuple(param.get_value().shape)
-    return Placement(tuple(shape), logical, first == 1, tensor_dim, zero_dim, shared and layout.tensor > 1)
+    return Placement(tuple(shape), logical, first == 1, tensor_dim, zero_dim, shared)
 
 
 def held_specs(places: Any, layout: Layout) -> Any:
-    """Parameters between steps: sliced over data from ZeRO 3 on."""
+    """Parameters between steps: sliced over data and context from ZeRO 3 on."""
     return _specs(places, sliced=layout.zero >= 3)
 
 
 def state_specs(places: Any, layout: Layout) -> Any:
-    """Optimizer state, and reduced gradients: sliced over data from ZeRO 1 on."""
+    """Optimizer state, and reduced gradients: sliced over data and context from ZeRO 1 on."""
     return _specs(places, sliced=layout.zero >= 1)
 
 
@@ -136,8 +139,16 @@ def _specs(places: Any, *, sliced: bool) -> Any:
     return jax.tree.map(lambda place: place.spec(sliced=sliced), places, is_leaf=is_placement)
 
 
+def axes(entry: Any) -> tuple[str, ...]:
+    """The axes in one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def is_placement(node: Any) -> bool:
     return isinstance(node, Placement)
 
 
-DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "s32": jnp.int32}
+DTYPES = {
+    "f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16, "s32": jnp.int32,
+    "f8e4m3fn": jnp.float8_e4m3fn, "f8e5m2": jnp.float8_e5m2,
+}  # fmt: skip

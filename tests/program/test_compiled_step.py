@@ -40,9 +40,9 @@ def differences(comparison: Comparison) -> list[str]:
     return bad + list(comparison.unexplained)
 
 
-@pytest.mark.parametrize("target", MESHES)
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
 def test_zero_1_and_2_differ_by_the_gradients_alive_after_the_backward_pass(target: str) -> None:
-    # Large enough that on a TPU, too, it lives in HBM and not in vector memory.
+    # Large enough that accumulators are most of the peak.
     large = dataclasses.replace(SMALL, layers=16, d_model=512, d_ff=2048, head_dim=64)
     one, two = (measured(target, f"data=8,zero={stage},microbatches=2,remat=full", large) for stage in (1, 2))
     elements = large.parameters

@@ -29,6 +29,9 @@ DEGREES = ("data=8", "data=4,tensor=2", "data=2,tensor=4", "tensor=8", "replica=
 LAYOUTS = [
     f"{degrees},zero={stage},remat={('none', 'full')[i % 2]},microbatches={1 + i // 2 % 2}"
     for i, (degrees, stage) in enumerate(zip((*DEGREES, DEGREES[-1]), (3, 1, 2, 0, 3, 1), strict=True))
+] + [
+    "data=2,context=4,zero=3,remat=full,attention=blockwise,microbatches=2",
+    "context=2,tensor=4,zero=1,exchange=ulysses,sequence=true,remat=selective",
 ]
 
 
@@ -36,7 +39,8 @@ def checked(
     layout: str, model: ModelConfig = SMALL, mesh: str = "cpu:8", precision: str = "f32", **options: bool
 ) -> Comparison:
     parsed, machine = Layout.parse(layout), Machine.load(mesh)
-    return check(model, parsed, machine, resolve(model, parsed, machine, None, SEQUENCE, precision), **options)
+    batch = 8 if parsed.devices == 8 else None  # one for all, so one reference
+    return check(model, parsed, machine, resolve(model, parsed, machine, batch, SEQUENCE, precision), **options)
 
 
 def differences(comparison: Comparison) -> list[str]:
@@ -57,7 +61,8 @@ def test_a_layout_agrees_in_the_run_and_in_the_ledger(layout: str) -> None:
 def test_the_layouts_meet_every_value() -> None:
     parsed = [Layout.parse(text) for text in LAYOUTS]
     assert {layout.zero for layout in parsed} == {0, 1, 2, 3}
-    assert {layout.remat for layout in parsed} == {"none", "full"}
+    assert {layout.remat for layout in parsed} == {"none", "selective", "full"}
+    assert {layout.exchange for layout in parsed if layout.context > 1} == {"ring", "ulysses"}
     assert {layout.microbatches for layout in parsed} == {1, 2}
 
 
@@ -93,8 +98,8 @@ def inside_of_the_sum(name):
     """The bias of a product that is sliced by rows, added by every rank: so many times what it is."""
     right = gpt.Block.product
 
-    def product(self, which, x, shards=gpt.WHOLE):
-        value = right(self, which, x, shards)
+    def product(self, which, x, shards, multiply):
+        value = right(self, which, x, shards, multiply)
         bias = getattr(self, f"{name}_bias")[...].astype(x.dtype)
         return value + bias if which == name else value
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,10 @@ import optax
 import pytest
 from jax import lax
 
+from jaxllm.model import attention, ring
 from jaxllm.program import build, collectives, gradient, optimizer, reference
-from jaxllm.program.run import LEARNING_RATE, RunResult, _errors, random_batch, random_parameters, run
+from jaxllm.program import run as runs
+from jaxllm.program.run import LEARNING_RATES, RunResult, _errors, random_batch, random_parameters, run
 from jaxllm.program.sharding import Placement
 from jaxllm.spec.layout import Layout
 from jaxllm.spec.model import ModelConfig
@@ -29,6 +30,12 @@ TIED = replace(MODEL, tied=True)
 ODD = replace(MODEL, d_model=10, d_ff=9, vocab=19)  # ZeRO over 4 finds no dim of the norms that divides
 
 
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch):
+    """The 8 tokens here are three blocks of attention, of which the last is filled up by one."""
+    monkeypatch.setattr("jaxllm.spec.attention.LONGEST_BLOCK", 3)
+
+
 def compiled_for(built):
     # The programs are tiny: LLVM's optimisations take longer than all the steps.
     return built.lower().compile(compiler_options={"xla_backend_optimization_level": 0})
@@ -37,7 +44,7 @@ def compiled_for(built):
 def built_for(layout: str, model: ModelConfig = MODEL, precision: str = "f32"):
     parsed = Layout.parse(layout)
     workload = Workload(batch=8, sequence=8, precision=precision)  # one batch for all, so one compiled reference
-    return build(model, parsed, workload, jax.devices()[: parsed.devices], learning_rate=LEARNING_RATE)
+    return build(model, parsed, workload, jax.devices()[: parsed.devices], learning_rate=LEARNING_RATES["adamw"])
 
 
 @functools.cache
@@ -49,6 +56,11 @@ def clean(layout: str, model: ModelConfig = MODEL, precision: str = "f32"):
 HYBRID = "replica=2,data=2,tensor=2,zero=2,microbatches=2"
 ZERO3 = "replica=2,data=2,tensor=2,zero=3,remat=full,microbatches=2"
 MASTER = "data=2,tensor=2,zero=1,microbatches=2"
+BLOCKS = "data=2,tensor=4,zero=3,microbatches=2,remat=full,save=attention,sequence=true,attention=blockwise"
+RING = "data=2,context=4,zero=3,remat=full,microbatches=2,attention=blockwise"
+RING_OF_CUTS = "replica=2,context=2,tensor=2,zero=1,sequence=true,attention=blockwise"
+BY_HEADS = "data=2,context=2,zero=2,microbatches=2,exchange=ulysses"
+CUT = "data=2,tensor=4,zero=1,microbatches=2,remat=selective,sequence=true"
 
 LAYOUTS = [
     ("data=1,microbatches=4", TIED, "f32"),
@@ -57,6 +69,14 @@ LAYOUTS = [
     (HYBRID, MODEL, "f32"),
     (ZERO3, TIED, "f32"),
     (MASTER, MODEL, "bf16-master"),
+    (CUT, MODEL, "f32"),
+    ("data=2,tensor=2,zero=3,remat=full,save=qkv+residual,sequence=true", MODEL, "f32"),
+    (BLOCKS, MODEL, "f32"),
+    ("replica=2,tensor=2,zero=2,attention=blockwise", TIED, "f32"),
+    (RING, TIED, "f32"),
+    (RING_OF_CUTS, MODEL, "f32"),
+    (BY_HEADS, MODEL, "f32"),
+    ("data=2,context=2,zero=3,remat=full,exchange=ulysses,attention=blockwise", ODD, "f32"),
 ]
 
 
@@ -110,9 +130,10 @@ def varying(x):
 
 
 def no_reduction_over_data():
-    def scattered(x, axis, dim):
-        first = lax.axis_index(axis) == 0
-        return lax.psum_scatter(jnp.where(first, x, 0), axis, scatter_dimension=dim, tiled=True)
+    def scattered(x, axes, dim):
+        names = collectives.present(axes)
+        first = lax.axis_index(names) == 0
+        return lax.psum_scatter(jnp.where(first, x, 0), names, scatter_dimension=dim, tiled=True)
 
     return collectives, "scattered_total", scattered
 
@@ -120,8 +141,8 @@ def no_reduction_over_data():
 def scattered_to_the_neighbour():
     right = collectives.scattered_total
 
-    def scattered(x, axis, dim):
-        return lax.ppermute(right(x, axis, dim), axis, [(0, 1), (1, 0)])
+    def scattered(x, axes, dim):
+        return lax.ppermute(right(x, axes, dim), "data", [(0, 1), (1, 0)])
 
     return collectives, "scattered_total", scattered
 
@@ -175,9 +196,63 @@ def master_copy_not_updated():
     return optimizer, "update", update
 
 
+def norms_not_summed_over_tensor():
+    """What is applied to a part of the positions has a part of the gradient."""
+    return mutate_total(lambda x, axes: x.shape in ((8,), (2, 8)) and axes == ("tensor",), first_only)
+
+
+def positions_in_the_wrong_order():
+    right = collectives.scattered_total
+
+    def scattered(x, axes, dim):
+        part = right(x, axes, dim)
+        return lax.ppermute(part, axes, [(0, 1), (1, 0), (2, 2), (3, 3)]) if axes == ("tensor",) else part
+
+    return collectives, "scattered_total", scattered
+
+
 def gathered_in_the_wrong_order():
     right = collectives.gathered
-    return collectives, "gathered", lambda x, axis, dim: right(lax.ppermute(x, axis, [(0, 1), (1, 0)]), axis, dim)
+    return collectives, "gathered", lambda x, axes, dim: right(lax.ppermute(x, "data", [(0, 1), (1, 0)]), axes, dim)
+
+
+def no_reduction_over_context():
+    def scattered(x, axes, dim):
+        first = lax.axis_index("context") == 0
+        return lax.psum_scatter(jnp.where(first, x, 0), collectives.present(axes), scatter_dimension=dim, tiled=True)
+
+    return collectives, "scattered_total", scattered
+
+
+def round_the_wrong_way():
+    return collectives, "passed_on", lambda x, axis: lax.ppermute(x, axis, [(i, (i - 1) % 4) for i in range(4)])
+
+
+def front_and_back_in_the_wrong_order():
+    """Each device takes its two parts for what they are not: every query meets the keys that its own device has last."""
+    right = ring.pair
+
+    def pair(of, step, number, count):
+        i, j = right(of, step, number, count)
+        return i, (j + number) % (2 * number)
+
+    return ring, "pair", pair
+
+
+def heads_of_the_neighbour():
+    right = collectives.exchanged
+    return collectives, "exchanged", lambda x, axis, given, taken: lax.ppermute(right(x, axis, given, taken), axis, [(0, 1), (1, 0)])
+
+
+def diagonal_blocks_skipped():
+    """Every query meets the keys of the blocks before its own, and not those of its own block."""
+    right = attention.lower_triangle
+
+    def below(step, start, number):
+        keep = lambda old, new, i, j: jax.tree.map(lambda a, b: jnp.where(i == j, a, b), old, new)  # noqa: E731
+        return right(lambda carry, i, j: keep(carry, step(carry, i, j), i, j), start, number)
+
+    return attention, "lower_triangle", below
 
 
 # What is wrong, with what, and the errors that must show it.
@@ -191,6 +266,13 @@ MUTATIONS = [
     (microbatches_overwrite, HYBRID, ("gradient_norm/1", "change/layers.gate")),
     (not_clipped, HYBRID, ("change/head",)),
     (gathered_in_the_wrong_order, ZERO3, ("loss/1", "gradient_norm/1")),
+    (norms_not_summed_over_tensor, CUT, ("gradient_norm/1", "change/layers.mlp_norm")),
+    (positions_in_the_wrong_order, CUT, ("loss/1", "change/layers.q")),
+    (no_reduction_over_context, RING, ("gradient_norm/1", "change/layers.q")),
+    (round_the_wrong_way, RING, ("gradient_norm/1", "change/layers.q")),
+    (front_and_back_in_the_wrong_order, RING, ("loss/1", "change/layers.q")),
+    (heads_of_the_neighbour, BY_HEADS, ("loss/1", "change/layers.q")),
+    (diagonal_blocks_skipped, BLOCKS, ("loss/1", "change/layers.q")),
     (master_copy_not_updated, MASTER, ("change/head", "parameters/head")),
     # In bf16 the tolerance is wide; what a wrong collective does is wider.
     (no_reduction_over_data, MASTER, ("gradient_norm/1", "change/layers.q")),
@@ -200,7 +282,7 @@ MUTATIONS = [
 
 @pytest.mark.parametrize(("mutation", "layout", "shown"), MUTATIONS, ids=[f"{row[0].__name__}-{row[1]}" for row in MUTATIONS])
 def test_mutation_disagrees(mutation, layout, shown, monkeypatch):
-    precision, model = ("bf16-master" if layout == MASTER else "f32"), (TIED if layout == ZERO3 else MODEL)
+    precision, model = ("bf16-master" if layout == MASTER else "f32"), (TIED if layout in (ZERO3, RING) else MODEL)
     built, _ = clean(layout, model, precision)
     monkeypatch.setattr(*mutation())
     mutant = compiled_for(built_for(layout, model, precision))
@@ -210,6 +292,24 @@ def test_mutation_disagrees(mutation, layout, shown, monkeypatch):
     # Far outside the tolerance, so that no change of rounding hides it.
     for name in shown:
         assert result.errors[name] > 0.01, (name, result.errors[name])
+
+
+@pytest.mark.parametrize(("optimizer", "precision"), [("sgd", "bf16"), ("momentum", "bf16"), ("sgd", "f32"), ("lion", "f32"), ("lion", "bf16"), ("lion", "bf16-moments")])
+def test_what_rounding_explains_hides_no_mutation(optimizer, precision, monkeypatch):
+    """Parameters in bf16, small moves, and a momentum that is far from zero: every gradient shows all the same."""
+
+    def made():
+        parsed = Layout.parse(HYBRID)
+        work = Workload(batch=8, sequence=8, precision=precision, optimizer=optimizer)
+        rate = runs.learning_rate(optimizer, MODEL)
+        return build(MODEL, parsed, work, jax.devices()[: parsed.devices], learning_rate=rate)
+
+    monkeypatch.setattr(*no_reduction_over_data())
+    mutant = compiled_for(made())
+    monkeypatch.undo()
+    result = run(made(), mutant)
+    gradients = [error for name, error in result.errors.items() if name.startswith("gradient/")]
+    assert not result.agrees and min(gradients) > 0.2
 
 
 def test_a_first_moment_that_is_not_the_references_disagrees():
@@ -239,17 +339,44 @@ def replicated(values):
 
 
 def held_as(*logical):
-    """What _errors asks of a program: that its one array of (2, 3) is without its padding of that shape."""
-    return SimpleNamespace(places={"a": Placement((2, 3), logical, False, None, None, False)})
+    """Where an array of (2, 3) is that is without its padding of that shape."""
+    return {"a": Placement((2, 3), logical, False, None, None, False)}
 
 
 def test_every_replica_is_compared():
     expected = np.arange(6, dtype=np.float32).reshape(2, 3)
     wrong = expected.copy()
     wrong[1, 0] += 0.5
-    built = held_as(2, 3)
-    assert _errors(built, "kind", {"a": replicated([expected, expected])}, {"a": expected}) == {"kind/a": 0}
-    assert _errors(built, "kind", {"a": replicated([expected, wrong])}, {"a": expected}) == {"kind/a": pytest.approx(0.1)}
+    places = held_as(2, 3)
+    assert _errors(places, "kind", {"a": replicated([expected, expected])}, {"a": expected}) == {"kind/a": 0}
+    assert _errors(places, "kind", {"a": replicated([expected, wrong])}, {"a": expected}) == {"kind/a": pytest.approx(0.1)}
+
+
+def test_what_updates_round_away_is_no_error():
+    """Half of the last bit of what is held, in each of three; of what begins at 0, and of what moves further, all counts."""
+    start = np.array([[1, 1, 1], [0, 1, 1]], np.float32)
+    moved = np.full((2, 3), 1e-6, np.float32)
+    bit = 2.0**-23
+    held = start + moved + bit * np.array([[0, 1, -1], [0, 0, 0]], np.float32)
+    places = held_as(2, 3)
+    assert _errors(places, "kind", {"a": replicated([held, held])}, {"a": moved}, {"a": start})["kind/a"] < 1e-6
+    held[0, 0] += 8 * bit
+    assert _errors(places, "kind", {"a": replicated([held, held])}, {"a": moved}, {"a": start})["kind/a"] > 0.7
+    held[0, 0], held[1, 0] = 1, 2e-6
+    assert _errors(places, "kind", {"a": replicated([held, held])}, {"a": moved}, {"a": start})["kind/a"] == pytest.approx(1)
+
+
+def test_a_tensor_has_a_size_as_a_whole(monkeypatch):
+    monkeypatch.setattr(runs, "MANY", 6)
+    expected = np.array([[1, -2, 3], [4, 5, -6]], np.float32)
+    noise = np.array([[2, 1, 0], [0, 0, 0]], np.float32)  # at right angles
+
+    def size(found):
+        return _errors(held_as(2, 3), "kind", {"a": replicated([expected, found])}, {"a": expected}, measure=runs._size)["kind/a"]
+
+    assert size(expected + noise) == pytest.approx(0, abs=1e-7) and size(1.25 * expected) == pytest.approx(0.25)
+    monkeypatch.setattr(runs, "MANY", 7)
+    assert size(2 * expected) == 0
 
 
 def test_padding_has_to_stay_zero():
