@@ -12,10 +12,32 @@ from typing import Any
 import numpy as np
 
 from jaxllm.theory.products import Product, products
-from jaxllm.theory.symbols import Symbols
+from jaxllm.theory.symbols import Symbols, remembered
 
 # The weights outside the stack of layers.
 OUTER = ("embed", "positions", "final_norm", "final_norm_bias", "head")
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A dim of a weight.
+
+    size     of the whole weight, padding included, and `formula` of what a tensor rank has of it
+    ways     in which tensor parallelism slices it
+    logical  its size without padding, where it has some
+    parts    devices that ZeRO slices it over
+    """
+
+    size: Any
+    formula: str
+    ways: Any = 1
+    logical: Any = None
+    parts: Any = 1
+
+    @property
+    def real(self) -> Any:
+        """Its size without padding."""
+        return self.size if self.logical is None else self.logical
 
 
 @dataclass(frozen=True)
@@ -26,9 +48,11 @@ class Weight:
     uses     how many times each microbatch uses one: the layers; of an embedding that is the head too, both
     whole    elements in the gathered weight of one tensor rank, one layer
     logical  the same without the padding of the vocabulary, in elements times ways
-    parts    devices that ZeRO slices it over: n where a dim divides, else 1
+    parts    devices that ZeRO slices it over: n x where a dim divides, else 1
     sliced   tensor parallelism slices it
-    shared   every tensor rank holds all of it and adds to its gradient: key/value weights with K < t
+    shared   every tensor rank holds all of it and adds to its gradient: key/value weights with K < t, and with q > 1
+             what is applied to the residual stream
+    dims     of one layer, in the order of the array
     again    1 where the backward pass uses it too, else 0: a bias serves only to compute again what it is added to
     """
 
@@ -42,6 +66,7 @@ class Weight:
     parts: Any
     sliced: bool
     shared: Any
+    dims: tuple[Dim, ...]
     again: Any = 1
 
     @property
@@ -55,18 +80,19 @@ class Weight:
         return self.name not in OUTER
 
 
+@remembered
 def weights(s: Symbols) -> tuple[Weight, ...]:
     """All weights of the model, in the order in which a token meets them."""
     padded = -(-s.V // s.t) * s.t
-    vocabulary = Dim(padded, s.t, s.V)
-    model = Dim(s.D)
+    vocabulary = Dim(padded, "V'/t", s.t, s.V)
+    model = Dim(s.D, "D")
     # A tied embedding is the head too: on both ends of a pipeline, which one stage may have.
     end = np.maximum(s.first, s.last) if s.tied else s.first
-    table = [_weight(s, "embed", "D V'/t", end, model, vocabulary, sliced=True)]
+    table = [_weight(s, "embed", "D V'/t", end, vocabulary, model, sliced=True)]
     if s.tied:  # without a pipeline one gather serves both ends of a microbatch
         table = [replace(table[0], uses=np.where(s.pipe > 1, s.first + s.last, 1))]
     if s.family == "gpt":
-        table.append(_weight(s, "positions", "P D", s.first, Dim(s.P), model))
+        table.append(_weight(s, "positions", "P D", s.first, Dim(s.P, "P"), model, shared=s.q > 1))
     table += _norm(s, "attention_norm", s.L)
     for product in products(s):
         table += _matrix(s, product)
@@ -78,34 +104,22 @@ def weights(s: Symbols) -> tuple[Weight, ...]:
     return tuple(table)
 
 
-@dataclass(frozen=True)
-class Dim:
-    """A dim of a weight, the ways in which tensor parallelism slices it, and its size without padding, where it has some."""
-
-    size: Any
-    ways: Any = 1
-    logical: Any = None
-
-
 def _norm(s: Symbols, name: str, layers: Any) -> list[Weight]:
     """RMSNorm has a scale, LayerNorm a bias too."""
     names = (name, f"{name}_bias") if s.family == "gpt" else (name,)
-    return [_weight(s, each, "D", layers, Dim(s.D)) for each in names]
+    return [_weight(s, each, "D", layers, Dim(s.D, "D"), shared=s.q > 1) for each in names]
 
 
 def _matrix(s: Symbols, product: Product) -> list[Weight]:
     """A product's weight, and its bias: sliced with the columns, or whole and added behind the sum."""
-    other = Dim(product.other, product.ways)
-    found = [
-        _weight(
-            s, product.name, f"D {product.held}", s.L, Dim(s.D), other, sliced=True, shared=product.shared
-        )
-    ]
+    model, other = Dim(s.D, "D"), Dim(product.other, product.held, product.ways)
+    dims = (model, other) if product.column else (other, model)
+    found = [_weight(s, product.name, f"D {product.held}", s.L, *dims, sliced=True, shared=product.shared)]
     if s.family == "gpt":
-        dim, formula = (other, product.held) if product.column else (Dim(s.D), "D")
-        bias = _weight(s, f"{product.name}_bias", formula, s.L, dim, sliced=product.column)
-        # The output of `down` is never computed again, and with remat=none no product is.
-        found.append(replace(bias, again=0 if product.name == "down" else s.full))
+        dim, formula = (other, product.held) if product.column else (model, "D")
+        shared = False if product.column else s.q > 1
+        bias = _weight(s, f"{product.name}_bias", formula, s.L, dim, sliced=product.column, shared=shared)
+        found.append(replace(bias, again=s.again(product.name)))
     return found
 
 
@@ -113,12 +127,16 @@ def _weight(
     s: Symbols, name: str, formula: str, layers: Any, *dims: Dim, sliced: bool = False, shared: Any = False
 ) -> Weight:
     whole, logical, ways, divides = 1, 1, 1, False
+    held = []
     for dim in dims:
         local = dim.size // dim.ways
         whole = whole * local
-        logical = logical * (dim.size if dim.logical is None else dim.logical)
+        logical = logical * dim.real
         ways = ways * dim.ways
-        divides = divides | (local % s.n == 0)
+        # ZeRO slices the first dim that divides.
+        here = np.equal(local % s.slices, 0) & ~np.asarray(divides)
+        held.append(replace(dim, parts=np.where(here, s.slices, 1)))
+        divides = divides | here
     return Weight(
         name=name,
         formula=formula,
@@ -128,20 +146,21 @@ def _weight(
         whole=whole,
         # In elements times ways, to be divided last: a padded slice has a fractional share of real rows.
         logical=(logical, ways),
-        parts=np.where(divides, s.n, 1),
+        parts=np.where(divides, s.slices, 1),
         sliced=sliced,
         shared=shared,
+        dims=tuple(held),
     )
 
 
 def fallbacks(s: Symbols) -> tuple[str, ...]:
     """What a single layout keeps whole, or pads, because a size does not divide: one sentence each, with the bytes."""
     table = weights(s)
-    whole = [weight for weight in table if s.z >= 1 and s.n > 1 and weight.parts == 1]
-    shared = [weight for weight in table if weight.shared and s.t > 1]
+    whole = [weight for weight in table if s.z >= 1 and s.slices > 1 and weight.parts == 1]
+    shared = [weight for weight in table if weight.sliced and weight.shared and s.t > 1]
     padded = -(-s.V // s.t) * s.t - s.V
     sentences = (
-        (whole, f"zero={s.z} slices no dim of {_names(whole)}, none of which {s.n} divides"),
+        (whole, f"zero={s.z} slices no dim of {_names(whole)}, none of which {s.slices} divides"),
         (shared, f"{s.K} key/value heads are fewer than tensor={s.t}: every rank holds {_names(shared)} whole"),
     )
     notes = [f"{text}: {sum(int(w.elements) for w in found) * s.p:,} bytes a device" for found, text in sentences if found]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 
 from jaxllm.schedules import Schedule
@@ -19,6 +20,7 @@ from jaxllm.spec.ledger import Line
 from jaxllm.spec.model import ModelConfig
 from jaxllm.spec.workload import Workload
 from jaxllm.theory import activations, flops, state
+from jaxllm.theory.products import OTHERS
 from jaxllm.theory.stages import Stages, even, share_out
 from jaxllm.theory.symbols import Symbols
 
@@ -97,15 +99,17 @@ def _weighed(s: Symbols, schedule: Schedule, kind: str) -> tuple[list[int], list
     last = schedule.parts - 1
     owner = _owners(schedule)
     peaks = slots(schedule).stages
-    each, base = [], []
-    for part, stage in enumerate(owner):
+
+    @cache
+    def weight(stash: int, kept: int, layers: int, first: bool, last: bool) -> int:
         # The stash of a stage is shared by its chunks.
-        more = replace(
-            s, stash=peaks[stage].stash, kept=peaks[stage].weights, inbox=0, depth=1, pipe=schedule.stages, first=0, last=0
+        part = replace(
+            s, stash=stash, kept=kept, inbox=0, depth=layers, pipe=schedule.stages, L=layers, R=layers, first=int(first), last=int(last)
         )
-        each.append(_weight(replace(more, L=1, R=1), kind, schedule.chunks))
-        ends = replace(more, L=0, R=0, depth=0, first=int(part == 0), last=int(part == last))
-        base.append(_weight(ends, kind, schedule.chunks))
+        return _weight(part, kind, schedule.chunks)
+
+    each = [weight(peaks[stage].stash, peaks[stage].weights, 1, False, False) for stage in owner]
+    base = [weight(peaks[stage].stash, peaks[stage].weights, 0, part == 0, part == last) for part, stage in enumerate(owner)]
     return each, base
 
 
@@ -115,7 +119,7 @@ def _weight(s: Symbols, kind: str, chunks: int) -> int:
     lines: dict[str, Line] = {line.name: line for line in (*state.lines(s), *activations.lines(s))}
     held = sum(int(lines[name].value) for name in ("parameters", "optimizer"))
     # Needed are the gradients of what is needed: those of other stages' weights are the program's, not the stage's.
-    gradients = sum(int(term.value) for term in lines["gradients"].terms if "of other stages" not in term.label)
+    gradients = sum(int(term.value) for term in lines["gradients"].terms if term.part != OTHERS)
     return held + gradients + sum(int(lines[name].value) for name in ("stash", "weight_stash")) // chunks
 
 

@@ -11,15 +11,30 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.theory.symbols import Symbols, pick
+from jaxllm.theory.symbols import Symbols, pick, remembered
+
+
+EMBEDDING, ATTENTION, MLP, HEAD = "embedding", "block.attention", "block.mlp", "head"
+OTHERS = "other stages"  # room that one program for all stages has for the weights of others
+_PARTS = {"embed": EMBEDDING, "positions": EMBEDDING, "final_norm": HEAD, "head": HEAD} | dict.fromkeys(
+    ("mlp_norm", "gate", "up", "down"), MLP
+)
+
+
+def part(name: str) -> str:
+    """The part of the model that a weight or an activation belongs to."""
+    return _PARTS.get(name.removesuffix("_bias"), ATTENTION)
 
 
 @dataclass(frozen=True)
 class Width:
-    """Features of a token on one tensor rank, and the formula of their number."""
+    """Features of a token on one tensor rank, and the formula of their number; over how many ranks the tokens of a sequence
+    are shared out; and the bytes of a feature, by their letter or as a number."""
 
     size: Any
     formula: str
+    cut: Any = 1
+    bytes: str = "c"
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,7 @@ class Product:
     shared: Any = False
 
 
+@remembered
 def products(s: Symbols) -> tuple[Product, ...]:
     """Those of one block, in the order in which a token meets them: attention up to `o`, then the feed-forward."""
     model = Width(s.D, "D")

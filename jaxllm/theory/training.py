@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxllm.spec.errors import SpecError
 from jaxllm.spec.layout import Layout
 from jaxllm.spec.ledger import Term
 from jaxllm.spec.model import ModelConfig
@@ -35,11 +36,13 @@ class Count:
 
 
 def flops_per_token(model: ModelConfig, sequence: int, *, causal: bool = False, remat: str = "none") -> int:
-    """FLOPs of one token's forward and backward pass, and of its recomputation with remat="full".
+    """FLOPs of one token's forward and backward pass, and of its recomputation with remat="full" or "selective".
 
     Those of the matmuls, 2 for each multiply-add, attention and head included. `causal` counts of attention what a mask
     leaves: (T + 1)/2 of T positions in the mean. Raises SpecError where model, sequence and remat do not go together.
     """
+    if remat == "jax":
+        raise SpecError("remat=jax has no closed form to count with; choose remat=none, selective or full.")
     workload, layout = Workload(batch=1, sequence=sequence), Layout(remat=remat)
     validate(model, layout, 1, workload)
     terms = [term for line in lines(Symbols.of(model, layout, workload)) for term in line.terms]
@@ -63,5 +66,12 @@ def counts(model: ModelConfig, sequence: int, remat: str) -> tuple[Count, ...]:
 
 
 def training_days(flops_per_token: float, tokens: float, devices: int, rate: float) -> float:
-    """Days for so many tokens on `devices` that each do `rate` FLOP/s: 6TP/(nX) and 8TP/(nX) with 6P and 8P a token."""
+    """Days for so many tokens on `devices` that each do `rate` FLOP/s: 6TP/(nX) and 8TP/(nX) with 6P and 8P a token.
+
+    Narayanan et al. 2021, section 5.1, equation 4. Raises SpecError for a value that is not above 0.
+    """
+    given = {"flops_per_token": flops_per_token, "tokens": tokens, "devices": devices, "rate": rate}
+    for name, value in given.items():
+        if not value > 0:
+            raise SpecError(f"training_days: {name}={value} is not above 0; give what a training run has of it.")
     return flops_per_token * tokens / (devices * rate) / SECONDS_A_DAY

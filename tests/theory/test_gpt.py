@@ -86,7 +86,9 @@ def test_state_of_korthikanti() -> None:
     # Figure 1, the 22B model on 8 devices: 18 bytes for each of the 12 l h^2 parameters of its matrices, 45.5625 GiB.
     # 18 are bf16 parameters, f32 gradients, and master copy, m and v in f32.
     found = ledger("megatron-22b", "tensor=8", 4, "bf16-master", gradient_dtype="f32")
-    held = sum(terms(found, line)[name] for line in ("parameters", "gradients", "optimizer") for name in MATRICES)
+    state = ("master copy", "first moment m", "second moment v")
+    held = sum(terms(found, line)[name] for line in ("parameters", "gradients") for name in MATRICES)
+    held += sum(terms(found, "optimizer")[f"{name}, {what}"] for what in state for name in MATRICES)
     assert held == 45.5625 * 2**30
 
 

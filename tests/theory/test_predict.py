@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxllm.spec import activations
 from jaxllm.spec.errors import SpecError
 from jaxllm.spec.layout import Layout
 from jaxllm.spec.ledger import Ledger
 from jaxllm.spec.model import ModelConfig
+from jaxllm.spec.optimizers import OPTIMIZERS
 from jaxllm.spec.workload import Workload
 from jaxllm.theory import predict
 from jaxllm.theory.predict import of_symbols
@@ -113,10 +115,85 @@ def test_full_recomputation_leaves_out_the_last_matmul_of_a_block() -> None:
         ledger("data=1").line("matmul", phase="recompute")
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt"])
+def test_what_is_not_saved_is_computed_again(family: str) -> None:
+    model = TINY if family == "llama" else ModelConfig.load("gpt-tiny")
+    square = model.layers * 2 * 64 * 64 * model.heads * model.head_dim
+    names = activations.BY_FAMILY[family]
+    widths = {term.label: term.value for term in ledger("data=1", model).line("residuals").terms}
+    assert set(widths) == {"block input", *names}
+    forward = {term.label: term.value for term in ledger("data=1", model).line("matmul", phase="forward").terms}
+    for kept in (*itertools.combinations(names, 1), names[:3], names[3:]):
+        found = ledger(f"data=1,remat=full,save={'+'.join(kept)}", model)
+        assert found.line("residuals").value == widths["block input"] + sum(widths[name] for name in kept)
+        again = [name for name in names if name not in kept]
+        # What is added to the residual stream is the product of `o`.
+        assert found.line("matmul", phase="recompute").value == sum(
+            forward["o" if name == "residual" else name] for name in again
+        )
+    selective = ledger("data=1,remat=selective", model)
+    assert selective.line("matmul", phase="recompute").value == square
+    assert selective.line("residuals").value == sum(widths.values()) - widths["scores"]
+    with pytest.raises(KeyError):  # all of it saved is nothing computed again
+        ledger(f"data=1,remat=full,save={'+'.join(names)}", model).line("matmul", phase="recompute")
+
+
+def test_selective_recomputation_saves_what_korthikanti_says() -> None:
+    # Korthikanti et al. 2022, section 5: without the attention square nothing grows with the square of the sequence.
+    one, two = (ledger("data=1,remat=selective", tokens=tokens).line("residuals").value for tokens in (32, 64))
+    assert two == 2 * one
+
+
 def test_attention_square_of_korthikanti() -> None:
     # Korthikanti et al. 2022, section 4.1: 2 a s^2 b bytes for the attention square saved in 16 bits.
     short, long = (ledger("data=1", precision="bf16-f32", tokens=tokens).line("residuals").value for tokens in (32, 64))
     assert long - 2 * short == TINY.layers * 2 * TINY.heads * (64 * 64 - 2 * 32 * 32)
+
+
+def test_attention_block_by_block_saves_its_statistics_in_the_place_of_the_square() -> None:
+    # Dao 2023, section 3.1: beside q, k, v and the output one number for each query and head.
+    whole, blocks = (ledger(f"data=1,attention={kind}", precision="bf16-f32").line("residuals") for kind in ("xla", "blockwise"))
+    terms, others = ({term.label: term.value for term in line.terms} for line in (blocks, whole))
+    assert terms.pop("lse") == TINY.layers * 64 * TINY.heads * 4
+    assert others.pop("scores") == TINY.layers * 64 * 64 * TINY.heads * 2
+    assert terms == others
+    # With remat=full they are saved with the output, and only with it.
+    for save, labels in (("qkv", {"q", "k", "v"}), ("attention", {"attention", "lse"})):
+        found = ledger(f"remat=full,save={save},attention=blockwise").line("residuals")
+        assert {term.label for term in found.terms} == {"block input", *labels}
+
+
+@pytest.mark.parametrize("tokens", [32, 64, 65, 200])
+def test_attention_block_by_block_multiplies_pairs_of_blocks(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxllm.spec.attention.LONGEST_BLOCK", 32)
+    long = dataclasses.replace(TINY, max_sequence=tokens)
+    number = -(-tokens // 32)
+    size = -(-tokens // number)
+    # Pairs in which a query meets a key of its past, in whole blocks; two products, and of all heads.
+    pairs = sum(1 for i in range(number) for j in range(number) if i >= j)
+    one = long.layers * pairs * size * size * 2 * long.heads * long.head_dim
+    square = long.layers * tokens * tokens * 2 * long.heads * long.head_dim
+    for remat, again in (("none", 0), ("selective", 0), ("full", 2), ("full,save=qkv", 2), ("full,save=attention", 0)):
+        blocks, whole = (
+            {line.phase: line.value for line in ledger(f"remat={remat},attention={kind}", long, tokens=tokens).section("flops")}
+            for kind in ("blockwise", "xla")
+        )
+        assert whole["forward"] - blocks["forward"] == 2 * (square - one)
+        # Dao 2023, section 2.3.2: five products backward, the scores again and four gradients.
+        assert whole["backward"] - blocks["backward"] == 4 * square - 5 * one
+        terms = [line.terms for line in ledger(f"remat={remat},attention=blockwise", long, tokens=tokens).section("flops")
+                 if line.phase == "recompute"]  # fmt: skip
+        attention = [term.value for found in terms for term in found if term.label in ("scores", "attention")]
+        assert sum(attention) == again * one
+
+
+def test_no_square_is_at_the_peak_of_attention_block_by_block() -> None:
+    long = dataclasses.replace(ModelConfig.load("llama-3-8b"), max_sequence=1 << 20)
+    short, double = (ledger("remat=full,attention=blockwise", long, tokens=tokens) for tokens in (1 << 18, 1 << 19))
+    growth = double.peak - short.peak
+    later = ledger("remat=full,attention=blockwise", long, tokens=1 << 20).peak - double.peak
+    assert later == 2 * growth  # linear, once the logits are more than the gradients
+    assert ledger("remat=full", long, tokens=1 << 17).peak > 5 * double.peak
 
 
 def test_devices_together_hold_what_one_would() -> None:
@@ -186,7 +263,7 @@ def test_terms_add_up_to_their_line() -> None:
 
 @pytest.mark.parametrize(("layout", "tokens", "sentence"), [
     ("tensor=3", 64, "does not divide the 16 query heads"),
-    ("data=8", 1 << 20, "longer than"),
+    ("data=8", 1 << 25, "longer than"),
 ])  # fmt: skip
 def test_what_does_not_divide_is_refused_and_not_rounded(layout: str, tokens: int, sentence: str) -> None:
     with pytest.raises(SpecError, match=sentence):
@@ -219,21 +296,30 @@ def test_arrays_of_layouts_give_what_each_layout_gives_alone(model: ModelConfig,
         Layout(
             replica=data.draw(degrees),
             data=data.draw(degrees),
-            tensor=data.draw(st.sampled_from([1, 2, 4, 8, 16])),
+            tensor=tensor,
             zero=data.draw(st.integers(0, 3)),
-            remat=data.draw(st.sampled_from(["none", "full"])),
+            remat=remat,
+            save=data.draw(st.sampled_from(["", "qkv", saved])) if remat == "full" else "",
+            offload=data.draw(st.sampled_from(["none", "input", "k+input", "optimizer+v"])) if remat != "full" else "none",
+            sequence=tensor > 1 and data.draw(st.booleans()),
+            attention=attention,
             microbatches=data.draw(st.sampled_from([1, 2, 5])),
         )
         for _ in range(4)
+        for tensor in [data.draw(st.sampled_from([1, 2, 4, 8, 16]))]
+        for remat in [data.draw(st.sampled_from(["none", "selective", "full"]))]
+        for attention, saved in [data.draw(st.sampled_from([("xla", "scores+residual"), ("blockwise", "attention+residual")]))]
     ]
-    alone = [Symbols.of(model, layout, Workload(2 * layout.replica * layout.data * layout.microbatches, 64)) for layout in layouts]
-    columns = {
-        name: np.array([getattr(s, name) for s in alone]) for name in ("r", "n", "t", "z", "m", "full", "b", "T")
-    }
+    optimizer = data.draw(st.sampled_from(list(OPTIMIZERS)))
+    batches = [2 * layout.replica * layout.data * layout.microbatches for layout in layouts]
+    works = [Workload(batch, 64, "bf16-master", optimizer) for batch in batches]
+    alone = [Symbols.of(model, layout, work) for layout, work in zip(layouts, works, strict=True)]
+    columns = {name: np.array([getattr(s, name) for s in alone]) for name in ("r", "n", "t", "z", "m", "q", "b", "T", "w", "h")}
+    columns |= {name: tuple(np.array([getattr(s, name) for s in alone]).T) for name in ("saved", "away")}
     together = of_symbols(dataclasses.replace(alone[0], **columns))
     for index, symbols in enumerate(alone):
         one = of_symbols(symbols)
-        for section, name in itertools.product(("memory", "flops", "collectives"), (None,)):
+        for section, name in itertools.product(("memory", "flops", "collectives", "transfers"), (None,)):
             many = np.broadcast_to(together.total(section, name), len(layouts))[index]
             assert many == one.total(section, name)
         assert np.broadcast_to(together.peak, len(layouts))[index] == one.peak
@@ -257,16 +343,19 @@ def evaluated(formula: str, letters: dict[str, int]) -> Fraction:
 @pytest.mark.parametrize("layout", [
     "data=4,tensor=2,zero=3", "data=4,tensor=2,zero=2,remat=full,microbatches=3", "replica=2,data=2,tensor=16,zero=1",
     "replica=3,tensor=16,zero=3", "data=3,zero=3", "data=8", "data=5,tensor=2,zero=1,remat=full",
+    "data=2,tensor=4,zero=2,remat=selective,sequence=true", "tensor=2,remat=full,save=qkv+residual,sequence=true",
+    "data=2,tensor=2,zero=1,attention=blockwise", "tensor=4,remat=full,save=attention,sequence=true,attention=blockwise",
 ])  # fmt: skip
 @pytest.mark.parametrize("precision", ["f32", "bf16-f32", "bf16-master"])
 @pytest.mark.parametrize("model", [
     dataclasses.replace(TINY, vocab=509, kv_heads=4), dataclasses.replace(ModelConfig.load("gpt-tiny"), vocab=509),
 ], ids=lambda model: model.name)  # fmt: skip
-def test_every_formula_gives_the_value_beside_it(model, layout, precision):
+def test_every_formula_gives_the_value_beside_it(model, layout, precision, monkeypatch):
+    monkeypatch.setattr("jaxllm.spec.attention.LONGEST_BLOCK", 24)  # 64 tokens are three blocks of 22
     parsed = Layout.parse(layout)
     workload = Workload(parsed.replica * parsed.data * parsed.microbatches, 64, precision)
     s = Symbols.of(model, parsed, workload)
-    letters = {name: getattr(s, name) for name in "L D F N K H V P r n t z m b T p c g o".split()}
+    letters = {name: getattr(s, name) for name in "L D F N K H V P r n t z m q A C b T p c g o".split()}
     letters["V'"] = -(-s.V // s.t) * s.t
     checked = 0
     for line in predict(model, parsed, workload).lines:

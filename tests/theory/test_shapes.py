@@ -59,7 +59,7 @@ def test_outputs_are_those_of_the_forward_pass(name):
         whole = kind.model(model, rngs=nnx.Rngs(0))
         block = kind.block(model, rngs=nnx.Rngs(0))
         x = jnp.zeros((batch, length, model.d_model))
-        found["block"] = block(x, kind.context(model, length), save=saw, tap=tapped).shape
+        found["block"] = block(x, kind.context(model, jnp.arange(float(length))), save=saw, tap=tapped).shape
         found["head"] = whole(tokens).shape
         outer = {weight: getattr(whole, weight)[...] for weight in (*kind.entry, *kind.exit)}
         entered = kind.embed(model, {weight: outer[weight] for weight in kind.entry}, tokens, _whole())

@@ -62,8 +62,17 @@ def test_published_days():
     assert training_days(8 * 1e12, 450e9, 3072, 163e12) == pytest.approx(83.21, abs=0.005)
 
 
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_days_of_nothing_are_refused(place, value) -> None:
+    given = [1.0, 1.0, 1, 1.0]
+    given[place] = value
+    with pytest.raises(SpecError, match=f"={value} is not above 0"):
+        training_days(*given)
+
+
 def test_what_does_not_go_together():
-    with pytest.raises(SpecError, match="16,384 is longer than"):
-        flops_per_token(replace(LLAMA, max_sequence=8192), 16384)
+    with pytest.raises(SpecError, match="33,554,432 is longer than"):
+        flops_per_token(LLAMA, 2**25)
     with pytest.raises(SpecError, match="remat='half' is unknown"):
         flops_per_token(LLAMA, 8, remat="half")
