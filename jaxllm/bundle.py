@@ -30,6 +30,8 @@ FILES = {
 
 def check_folder(text: str) -> Path:
     """A folder for a bundle, made when it is not there. Raises SpecError when it is not empty or cannot be written."""
+    if not text.strip():
+        raise SpecError("--bundle is blank; name a new folder.")
     folder = Path(text)
     try:
         folder.mkdir(parents=True, exist_ok=True)

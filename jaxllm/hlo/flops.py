@@ -12,6 +12,7 @@ from jaxllm.hlo.convolution import convolution_flops
 from jaxllm.hlo.graph import PASSES, Computation, Instruction, Module
 from jaxllm.hlo.loops import Context, Executions
 from jaxllm.hlo.phases import phase_of
+from jaxllm.spec.fp8 import MATMUL
 from jaxllm.spec.ledger import Line, Term, merge
 
 
@@ -60,7 +61,8 @@ def multiplied(computation: Computation, instruction: Instruction, op_name: str)
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one instruction, one execution, and what kind of thing it is. `reason`: why they are not known."""
+    """FLOPs of one instruction, one execution, and what kind of thing it is. `reason`: why they are not known. `narrow`:
+    whether both operands are of 8 bits."""
 
     kind: str
     flops: int
@@ -68,6 +70,7 @@ class Work:
     shapes: str
     declared: bool = False
     reason: str = ""
+    narrow: bool = False
 
 
 def work_of(module: Module, computation: Computation, instruction: Instruction, op_name: str) -> Work | None:
@@ -98,7 +101,8 @@ def _work(
     result = next((leaf for leaf in instruction.shape.leaves if leaf.dtype), instruction.shape)
     shapes = f"{' . '.join(str(shape) for shape in operands[:2])} -> {result}"
     dtype = next((leaf.dtype for shape in operands for leaf in shape.leaves if leaf.dtype), result.dtype)
-    return Work(kind, flops, dtype, shapes, declared, reason)
+    narrow = len(operands) > 1 and all(leaf.dtype.startswith("f8") for shape in operands[:2] for leaf in shape.leaves)
+    return Work(kind, flops, dtype, shapes, declared, reason, narrow)
 
 
 def all_work(module: Module, runs: Executions) -> Iterator[tuple[Computation, Instruction, Context, Work]]:
@@ -182,7 +186,7 @@ def tail(op_name: str, parts: int = 5) -> str:
 
 
 def matmul_lines(module: Module, runs: Executions) -> tuple[tuple[Line, ...], tuple[str, ...]]:
-    """A line `matmul` for each phase, and what could not be placed."""
+    """A line `matmul` for each phase, those whose operands are of 8 bits apart, and what could not be placed."""
     lines, unexplained = [], []
     for computation, instruction, context, work in all_work(module, runs):
         if work.reason:
@@ -195,5 +199,6 @@ def matmul_lines(module: Module, runs: Executions) -> tuple[tuple[Line, ...], tu
         value = work.flops * context.count
         detail = f"{work.shapes}{describe_loops(context)}  {tail(op_name)}"
         term = Term(instruction.name, value, detail, module.source(instruction))
-        lines.append(Line("flops", "matmul", value, phase=phase, count=context.count, terms=(term,)))
+        dtype = MATMUL if work.narrow else ""
+        lines.append(Line("flops", "matmul", value, phase=phase, dtype=dtype, count=context.count, terms=(term,)))
     return merge(lines), tuple(unexplained)

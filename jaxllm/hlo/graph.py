@@ -169,6 +169,15 @@ class Computation:
                 users.setdefault(operand, []).append(instruction)
         return users
 
+    @cached_property
+    def needed(self) -> set[int]:
+        """Ids of the instructions that the root is made of."""
+        needed = {self.root_id}
+        for instruction in reversed(self.instructions):
+            if instruction.id in needed:
+                needed.update(instruction.operand_ids)
+        return needed
+
     def operands(self, instruction: Instruction) -> list[Instruction]:
         return [self.by_id[operand] for operand in instruction.operand_ids]
 

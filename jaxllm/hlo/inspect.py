@@ -218,7 +218,7 @@ def _collectives(
                 _place(module, instruction, context),
                 name=start_of(module, computation, instruction).name,
                 phase=part.phase,
-                source=_source(module, computation, instruction),
+                source=source_of(module, computation, instruction),
             ),
             kind=part.kind,
             axes=part.axes,
@@ -233,7 +233,7 @@ def _collectives(
     return tuple(found.values())
 
 
-def _source(module: Module, computation: Computation, instruction: Instruction) -> str:
+def source_of(module: Module, computation: Computation, instruction: Instruction) -> str:
     """The line of a collective; of one that a compiler made without saying from what, that of what it takes, else of who
     takes it."""
     home, made = computation, instruction

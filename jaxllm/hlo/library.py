@@ -22,6 +22,11 @@ _MOVES = re.compile(
     r"|__onednn\$(layernorm|softmax)|rng_bit_generator|cu_threefry2x32\w*|xla_ffi_python_\w+_callback|xla_python_\w+"
     r"|NopReturnToken|SetPipeline|tpu_barrier|GlobalBarrier|BarrierCustomCall|mosaic_gpu_barrier"
 )
+_MARKS = re.compile(
+    r"AsyncCollective(Start|Done)|Sharding|SPMD\w+|AllocateBuffer|annotate_device_placement|Pin|Unpin|CreateBuffer"
+    r"|LayoutConstraint|AssumeGatherIndicesInBound|ConcatBitcast|xla\.sdy\.\w+|NopReturnToken|SetPipeline"
+)
+_MATMULS = ("__cublas$", "__onednn$matmul", "__triton_gemm")
 _CONVOLUTION = re.compile(r"__cudnn\$conv(Forward|BackwardInput|BackwardFilter|BiasActivationForward|ForwardGraph)")
 
 
@@ -35,13 +40,28 @@ class Known:
     reason: str = ""  # why the FLOPs are not known
 
 
+def marks(target: str) -> bool:
+    """Whether a call only marks, names or allocates something, so that nothing runs."""
+    return bool(_MARKS.fullmatch(target))
+
+
+def is_end(instruction: Instruction) -> bool:
+    """Whether an instruction is the call with which XLA:TPU begins or ends a collective that goes on beside fusions."""
+    return instruction.opcode == "custom-call" and instruction.proto.custom_call_target.startswith("AsyncCollective")
+
+
+def multiplies(target: str) -> bool:
+    """Whether a call is known to be a product of matrices, the last two dims of whose result are rows and columns."""
+    return target.startswith(_MATMULS)
+
+
 def flops_of(computation: Computation, call: Instruction) -> Known | None:
     """FLOPs of one execution of a custom call, or None when it multiplies nothing."""
     target = call.proto.custom_call_target
     operands = [operand.shape for operand in computation.operands(call)]
     if _MOVES.fullmatch(target):
         return None
-    if target.startswith(("__cublas$", "__onednn$matmul", "__triton_gemm")) and len(operands) >= 2:
+    if multiplies(target) and len(operands) >= 2:
         return _matmul(target, call, operands)
     if found := _CONVOLUTION.match(target):
         return _convolution(found[1], target, call, operands)

@@ -66,6 +66,8 @@ def executions(module: Module, device: int = 0) -> Executions:
                 continue
             opcode = instruction.opcode
             if opcode == "while":
+                if instruction.id not in computation.needed and not _has_effect(module, instruction):
+                    continue  # XLA drops it; with one device it does so behind the place of the partitioner
                 body, condition = module.while_parts(instruction)
                 trips = trip_count(module, computation, instruction)
                 turns = None if trips is not None else tables.turns(computation, instruction)
@@ -185,6 +187,16 @@ def _works(module: Module, computation: Computation, known: dict[int, bool]) -> 
             for instruction in computation.instructions
         )
     return known[computation.id]
+
+
+def _has_effect(module: Module, instruction: Instruction) -> bool:
+    """Whether an instruction, or one that it runs, may do more than give a value: then it runs though nobody reads that."""
+    return instruction.opcode.startswith(_EFFECTS) or any(
+        _has_effect(module, inner) for called in module.called(instruction) for inner in called.instructions
+    )
+
+
+_EFFECTS = ("infeed", "outfeed", "send", "recv", "custom-call", "all-", "reduce-scatter", "collective-", "ragged-all")
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 
 from jaxllm.hlo.collectives import axes_and_ranks, collective_lines, collectives, kind_of
@@ -10,10 +11,12 @@ from jaxllm.hlo.emitted import emitted_payload, put_beside
 from jaxllm.hlo.flops import all_work, matmul_lines
 from jaxllm.hlo.graph import Module, read_module
 from jaxllm.hlo.loops import Executions, executions
-from jaxllm.hlo.memory import Buffers, argument_lines, fenced_line, peak_of, residual_line
+from jaxllm.hlo.memory import Buffers, argument_lines, fenced_line, peak_of, residuals
 from jaxllm.hlo.protos import read
+from jaxllm.hlo.transfers import transfer_lines
 from jaxllm.spec.errors import TargetError
-from jaxllm.spec.ledger import MEMORY_LINES, Ledger, Line, Term, by_stage
+from jaxllm.spec.fp8 import MATMUL
+from jaxllm.spec.ledger import MEMORY_LINES, TRANSFERS, Ledger, Line, Term, by_stage
 
 
 def measure(
@@ -26,7 +29,8 @@ def measure(
     """The ledger of a compiled program, per device and step, with loops multiplied out.
 
     FLOPs, collectives, gradients, residuals and the buffers of a pipeline come from the module after SPMD partitioning;
-    arguments, padding and the peak from the buffer assignment of the optimized module. Without an optimized module (a
+    arguments, padding and the peak from the buffer assignment of the optimized module, and transfers between memories from
+    its instructions. Without an optimized module (a
     program that was refused for memory) the arguments come from the partitioned one, and padding and peak are None.
 
     Args:
@@ -48,10 +52,17 @@ def measure(
     (flops, sent), unexplained = _work(partitioned, stages, axes)
 
     notes: tuple[str, ...] = ()
+    moved: tuple[Line, ...] = ()
     peak, peak_terms = None, ()
-    of_arguments = (logical_bytes or {}, needed_bytes or {})
+    buffered = [fenced_line(partitioned, runs, name) for name in ("stash", "weight_stash", "inbox")]
+    # The stash is what the forward pass keeps; without one, what its loops hand to those of the backward pass.
+    kept = () if any(line.value for line in buffered) else residuals(partitioned, runs)
+    on_host = tuple(residual for residual in kept if residual.on_host)
+    of_arguments = (logical_bytes or {}, needed_bytes or {}, tuple(residual.term for residual in on_host))
     if dump.optimized is None:
         arguments, unclassed = argument_lines(partitioned, None, *of_arguments)
+        of_state = any(line.name == "host" and len(line.terms) > len(on_host) for line in arguments)
+        moved = _unscheduled((*("f32",) * of_state, *(residual.shape.dtype for residual in on_host)))
     else:
         proto = read(dump.optimized)
         optimized = read_module(proto.hlo_module)
@@ -62,27 +73,41 @@ def measure(
         payload = [emitted_payload(optimized, each, axes) for each in emitted]
         most = {key: max(each.get(key, 0) for each in payload) for each in payload for key in each}
         sent, notes = put_beside(sent, most, dump.target)
-        notes += _other_matmuls(flops, optimized, emitted)
+        notes += (*_other_matmuls(flops, optimized, emitted), *_widened(flops, optimized, emitted[0]))
+        moved, more_unclassed = _transfers(optimized, emitted)
+        unclassed += more_unclassed
         told = dict.fromkeys(text for each in emitted for text in each.unexplained)
         notes += tuple(f"optimized module: {text}" for text in told)
         if buffers.on_chip:
             notes += (f"the peak counts HBM alone; {buffers.on_chip:,} bytes of this program lie in on-chip memory",)
 
-    buffered = [fenced_line(partitioned, runs, name) for name in ("stash", "weight_stash", "inbox")]
-    # The stash is what the forward pass keeps; without one, what its loops hand to those of the backward pass.
-    kept = Line("memory", "residuals", 0) if any(line.value for line in buffered) else residual_line(partitioned, runs)
-    memory = {line.name: line for line in (*arguments, fenced_line(partitioned, runs, "gradients"), kept)}
+    on_device = tuple(residual.term for residual in kept if not residual.on_host)
+    saved = Line("memory", "residuals", sum(term.value for term in on_device), terms=on_device)
+    memory = {line.name: line for line in (*arguments, fenced_line(partitioned, runs, "gradients"), saved)}
     more = [line for line in (*buffered, memory.get("uniform")) if line is not None and (line.value or line.stages)]
     return Ledger(
         author=f"XLA:{dump.target.upper()}",
         lines=(
-            *(memory[name] for name in MEMORY_LINES), *more, *_ticks(partitioned, runs, axes), *flops, *sent
+            *(memory[name] for name in MEMORY_LINES), *more, *_ticks(partitioned, runs, axes), *flops, *sent, *moved
         ),
         peak=peak,
         peak_terms=peak_terms,
         unexplained=(*unexplained, *unclassed),
         notes=notes,
     )  # fmt: skip
+
+
+def _unscheduled(dtypes: Iterable[str]) -> tuple[Line, ...]:
+    """Lines of transfers between memories, without a value."""
+    reason = "the compiler refused the program, so nothing was scheduled to be copied"
+    each = dict.fromkeys(dtypes)
+    return tuple(Line("transfers", name, None, dtype=dtype, reason=reason) for name in TRANSFERS for dtype in each)
+
+
+def _transfers(module: Module, stages: list[Executions]) -> tuple[tuple[Line, ...], tuple[str, ...]]:
+    """Lines of transfers, and what could not be told of them."""
+    each = [transfer_lines(module, runs) for runs in stages]
+    return by_stage([lines for lines, _ in each]), tuple(dict.fromkeys(text for _, found in each for text in found))
 
 
 def _stages(module: Module, axes: dict[str, int]) -> list[Executions]:
@@ -106,6 +131,19 @@ def _other_matmuls(lines: tuple[Line, ...], optimized: Module, stages: list[Exec
             where = f" on stage {stage}" if len(stages) > 1 else ""
             notes.append(f"emitted: matmuls of {emitted:,} FLOPs{where}, where the partitioned program has {told:,}")
     return tuple(notes)
+
+
+def _widened(lines: tuple[Line, ...], optimized: Module, runs: Executions) -> tuple[str, ...]:
+    """A note when the compiler does not multiply in 8 bits all that the program does: for a device that cannot, it converts
+    the operands."""
+    told = sum(line.value for line in lines if line.dtype == MATMUL)
+    emitted = sum(work.flops * context.count for _, _, context, work in all_work(optimized, runs) if work.narrow)
+    if emitted >= told:  # more: operands are padded
+        return ()
+    return (
+        f"emitted: matmuls of {emitted:,} FLOPs multiply in 8 bits, where the partitioned program has {told:,}; the operands of "
+        "those that do not are converted to a wider dtype before",
+    )
 
 
 def _work(

@@ -11,12 +11,19 @@ from jaxllm.hlo.flops import tail
 from jaxllm.hlo.graph import PASSES, Computation, Instruction, Module, Shape
 from jaxllm.hlo.loops import Context, Executions
 from jaxllm.hlo.phases import phase_of
-from jaxllm.hlo.rules import argument_padding
+from jaxllm.hlo.rules import argument_padding, tile_padded_bytes
 from jaxllm.spec.ledger import Line, Rule, Term, by_stage
 
+# What XLA calls to mark a value whose array is to be in host memory, and to have room for such an array, with nothing in it.
+MOVE_TO_HOST, ALLOCATE = "MoveToHost", "AllocateBuffer"
 HBM, HOST = 0, 5  # memory spaces, which XLA calls colors; the others are on-chip memories of a TPU
 
 CLASSES = ("parameters", "optimizer", "batch")
+
+
+def is_call(instruction: Instruction, target: str) -> bool:
+    """Whether an instruction calls what XLA knows by that name."""
+    return instruction.opcode == "custom-call" and instruction.proto.custom_call_target == target
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,7 @@ class Buffers:
         """The memory space of an allocation: its color, or the host's, which XLA:GPU says in the layouts of its arrays
         alone."""
         if allocation.color == HBM and allocation.assigned:
-            location = self.buffers[allocation.assigned[0].logical_buffer_id].defined_at
-            shape = self.instructions[location.instruction_id].shape.at(tuple(location.shape_index))
-            if shape.memory_space == HOST:
+            if self.shape(allocation.assigned[0].logical_buffer_id).memory_space == HOST:
                 return HOST
         return allocation.color
 
@@ -58,6 +63,35 @@ class Buffers:
     def arguments(self) -> int:
         """Bytes of the arguments as they are laid out, on the device and on the host."""
         return sum(allocation.size for allocation in self.allocations if allocation.is_entry_computation_parameter)
+
+    def arguments_in(self, space: int) -> int:
+        """Bytes of those in one memory space."""
+        arguments = [allocation for allocation in self.allocations if allocation.is_entry_computation_parameter]
+        return sum(allocation.size for allocation in arguments if self.space(allocation) == space)
+
+    @cached_property
+    def stacks_on_host(self) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
+        """The arrays in host memory that are no arguments: those with room of their own, several of them in one allocation of
+        XLA:GPU's; and those in the room of an argument that is not needed any more, such as an embedding that has come to
+        the device."""
+        own, lent = [], []
+        for allocation in self.allocations:
+            if self.space(allocation) != HOST:
+                continue
+            if allocation.is_entry_computation_parameter:
+                buffers = [place.logical_buffer_id for place in allocation.assigned]
+                lent += [self.shape(buffer) for buffer in buffers if is_call(self.defined_by(buffer), ALLOCATE)]
+            else:
+                own += [self.shape(buffer) for buffer in self.largest(allocation)]
+        return tuple(own), tuple(lent)
+
+    def defined_by(self, buffer_id: int) -> Instruction:
+        """What makes a logical buffer."""
+        return self.instructions[self.buffers[buffer_id].defined_at.instruction_id]
+
+    def shape(self, buffer_id: int) -> Shape:
+        """The array of a logical buffer."""
+        return self.defined_by(buffer_id).shape.at(tuple(self.buffers[buffer_id].defined_at.shape_index))
 
     def largest(self, allocation: Any) -> dict[int, int]:
         """Logical buffer id -> bytes, of buffers that lie in one allocation without overlap: those alive when they take
@@ -120,11 +154,13 @@ def argument_lines(
     buffers: Buffers | None,
     logical_bytes: dict[str, int],
     needed_bytes: dict[str, tuple[int, ...]],
+    saved_on_host: tuple[Term, ...] = (),
 ) -> tuple[list[Line], tuple[str, ...]]:
     """Lines parameters, optimizer, batch, padding and host; and of a pipeline uniform.
 
     Args: the module whose entry has the arguments in per-device shapes; its buffer assignment, or None when there is
-    none; op_name -> bytes of an argument without padding of its vocabulary, and -> those that each stage needs.
+    none; op_name -> bytes of an argument without padding of its vocabulary, and -> those that each stage needs; the
+    residuals that the program keeps in host memory.
     """
     terms: dict[str, list[Term]] = {name: [] for name in CLASSES}
     unexplained, vocabulary, host = [], [], []
@@ -132,16 +168,17 @@ def argument_lines(
     for _, parameter in sorted(module.entry.parameters.items()):
         name, size = parameter.op_name or parameter.name, parameter.shape.bytes
         arrays += size
-        logical = logical_bytes.get(name, size)
+        on_host = any(leaf.memory_space == HOST for leaf in parameter.shape.leaves)
+        logical = size if on_host else logical_bytes.get(name, size)
         if logical != size:
             vocabulary.append(Term(name, size - logical, f"vocabulary padding of {parameter.shape}"))
         kind = argument_class(name)
-        if kind in terms:
+        if kind in terms and on_host:
+            host.append(Term(name, size, str(parameter.shape)))
+        elif kind in terms:
             terms[kind].append(Term(name, logical, str(parameter.shape)))
         else:
             unexplained.append(f"argument {name} ({parameter.shape}, {size} bytes): of no known class")
-        if any(leaf.memory_space == HOST for leaf in parameter.shape.leaves):
-            host.append(Term(name, size, str(parameter.shape)))
     if needed_bytes:
         lines = _lines_of_stages(terms, needed_bytes)
     else:
@@ -152,11 +189,14 @@ def argument_lines(
     ruled = sum(rule.bytes for rule in padding.rules)
     if tiles != ruled:
         unexplained.append(f"padding of the arguments: {tiles} bytes are allocated, the rule of tiles gives {ruled}")
+    host += saved_on_host
     if buffers is not None:
-        resident = sum(term.value for term in host)
-        beyond = buffers.size(HOST) - resident
-        if beyond > 0:
-            host.append(Term("temporaries", beyond, "allocations in host memory that are not arguments"))
+        # Tiles, of these and of arguments, are in the line padding.
+        own, lent = buffers.stacks_on_host
+        beyond = sum(shape.bytes for shape in (*own, *lent)) - sum(term.value for term in saved_on_host)
+        if beyond:
+            label = "temporaries" if beyond > 0 else "residuals that were not put there"
+            host.append(Term(label, beyond, "arrays in host memory beside arguments and residuals"))
     lines.append(Line("memory", "host", sum(term.value for term in host), terms=tuple(host)))
     return lines, tuple(unexplained)
 
@@ -165,10 +205,14 @@ def _padding(module: Module, buffers: Buffers | None, arrays: int, vocabulary: l
     if buffers is None:
         reason = "the compiler refused the program, so no argument was laid out"
         return Line("memory", "padding", None, terms=tuple(vocabulary), reason=reason)
-    tiles = buffers.arguments - arrays
-    terms = (*vocabulary, Term("tiles", tiles, "allocated bytes of the arguments less those of their arrays"))
+    stacks, _ = buffers.stacks_on_host
+    kept = buffers.size(HOST) - buffers.arguments_in(HOST) - sum(shape.bytes for shape in stacks)
+    tiles = buffers.arguments - arrays + kept
+    what = "arguments, and of stacks in host memory," if stacks else "arguments"
+    terms = (*vocabulary, Term("tiles", tiles, f"allocated bytes of the {what} less those of their arrays"))
     # The rule's figure comes from shapes and layouts, the line's from the allocations: neither is made from the other.
-    rule = Rule("tpu-tile-padding", argument_padding(module), "arrays in HBM lie in tiles, and a tile is never cut")
+    padding = argument_padding(module) + sum(tile_padded_bytes(shape) - shape.bytes for shape in stacks)
+    rule = Rule("tpu-tile-padding", padding, "arrays in HBM lie in tiles, and a tile is never cut")
     rules = (rule,) if rule.bytes else ()
     return Line("memory", "padding", sum(term.value for term in terms), terms=terms, rules=rules)
 
@@ -267,13 +311,22 @@ def _phase_of_loop(loop: Loop) -> str:
     return phase_of(loop.context.op_name(loop.instruction))
 
 
-def residual_line(module: Module, runs: Executions) -> Line:
+@dataclass(frozen=True)
+class Residual:
+    """An array that the forward pass keeps for the backward pass. `on_host`: the program keeps it in host memory."""
+
+    shape: Shape
+    term: Term
+    on_host: bool
+
+
+def residuals(module: Module, runs: Executions) -> tuple[Residual, ...]:
     """What the forward pass keeps for the backward pass: arrays that a loop of phase forward makes and that a loop of
     phase backward takes whole. They live once, whatever the number of microbatches."""
     loops = loops_of(module, runs)
     phases = {loop.instruction.id: _phase_of_loop(loop) for loop in loops}
     forward = {loop.instruction.id: loop for loop in loops if phases[loop.instruction.id] == "forward"}
-    terms: dict[tuple[int, int], Term] = {}
+    found: dict[tuple[int, int], Residual] = {}
     for loop in loops:
         if phases[loop.instruction.id] != "backward":
             continue
@@ -285,19 +338,23 @@ def residual_line(module: Module, runs: Executions) -> Line:
             body, _ = module.while_parts(producer.instruction)
             shape = producer.slots[element]
             detail = f"{shape}, element {element} of {producer.instruction.name}"
-            saved = _saved_value(module, body, element)
+            saved, on_host = _saved_value(module, body, element)
             label = tail(saved.op_name) if saved is not None and saved.op_name else producer.instruction.name
             source = module.source(saved) if saved is not None else ""
-            terms[made_by.id, element] = Term(label, shape.bytes, detail, source)
-    return Line("memory", "residuals", sum(t.value for t in terms.values()), terms=tuple(terms.values()))
+            found[made_by.id, element] = Residual(shape, Term(label, shape.bytes, detail, source), on_host)
+    return tuple(found.values())
 
 
-def _saved_value(module: Module, body: Computation, slot: int) -> Instruction | None:
-    """The value that a loop's body writes into a stacked output, to name it by."""
+def _saved_value(module: Module, body: Computation, slot: int) -> tuple[Instruction | None, bool]:
+    """The value that a loop's body writes into a stacked output, to name it by, and whether it goes to host memory on the
+    way: a call of XLA's says so, until a pass behind the partitioner gives the stack its memory."""
     made_by, _ = source_of(module, body, body.root, (slot,))
     if made_by.opcode != "dynamic-update-slice" or made_by.id not in body.by_id:
-        return None
-    return source_of(module, body, body.operand(made_by, 1))[0]
+        return None, False
+    value, _ = source_of(module, body, body.operand(made_by, 1))
+    if not is_call(value, MOVE_TO_HOST):
+        return value, False
+    return source_of(module, body, body.operand(value))[0], True
 
 
 def peak_of(buffers: Buffers, top: int = 10) -> tuple[int, tuple[Term, ...]]:
@@ -334,7 +391,6 @@ def peak_of(buffers: Buffers, top: int = 10) -> tuple[int, tuple[Term, ...]]:
 
 
 def _buffer_term(buffers: Buffers, buffer_id: int, size: int) -> Term:
-    location = buffers.buffers[buffer_id].defined_at
-    instruction = buffers.instructions[location.instruction_id]
-    shape = instruction.shape.at(tuple(location.shape_index))
-    return Term(instruction.name, size, f"{shape}  {tail(instruction.op_name)}", buffers.module.source(instruction))
+    instruction = buffers.defined_by(buffer_id)
+    detail = f"{buffers.shape(buffer_id)}  {tail(instruction.op_name)}"
+    return Term(instruction.name, size, detail, buffers.module.source(instruction))

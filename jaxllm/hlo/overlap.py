@@ -54,7 +54,7 @@ def _collectives_of(module: Module, start: Instruction) -> list[Instruction]:
 
 
 def _between(computation: Computation, position: int, start: Instruction) -> Overlap:
-    if _synchronous(start):
+    if synchronous(start):
         return Overlap(False, ())
     ends = {user.id for user in computation.users.get(start.id, ()) if user.opcode.endswith("-done")}
     beside = []
@@ -66,7 +66,7 @@ def _between(computation: Computation, position: int, start: Instruction) -> Ove
     return Overlap(True, tuple(beside))
 
 
-def _synchronous(start: Instruction) -> bool:
+def synchronous(start: Instruction) -> bool:
     """XLA:GPU writes each collective as a start and an end, and says of some that they are one."""
     config = start.proto.backend_config
     if b"is_sync" not in config:

@@ -11,24 +11,6 @@ from typing import Any
 
 COMPUTE, MEMORY, NETWORK = "compute", "memory", "network"
 
-# The peaks at which a product of such operands may run: f32 runs as tf32 by default on GPUs, and in passes of bf16 on
-# TPUs, which state no peak of f32. Where none of these is stated, bf16's bounds the product.
-_PEAKS = {
-    "f32": ("tf32", "f32"),
-    "s8": ("int8",),
-    "u8": ("int8",),
-    "s4": ("int4", "int8"),
-    "u4": ("int4", "int8"),
-    "f4e2m1fn": ("fp4", "fp8"),
-}
-
-
-def peak_flops(machine: Any, dtype: str) -> float | None:
-    """FLOP/s for products of that type; None when the machine's file states none that could bound it."""
-    names = _PEAKS.get(dtype, ("fp8",) if dtype.startswith("f8") else ("bf16",))
-    known = [machine.peak_flops[name] for name in names if machine.peak_flops.get(name)]
-    return max(known, default=machine.peak_flops.get("bf16"))
-
 
 def link_speed(machine: Any, devices: Iterable[int]) -> float | None:
     """Bytes a second that one device can send to those of its group at most; None when the file states no link."""
@@ -48,7 +30,7 @@ def bound(
     Args: FLOPs and the type of what is multiplied; bytes of HBM moved; bytes sent to devices of the group.
     """
     times: dict[str, float] = {}
-    if flops and (peak := peak_flops(machine, dtype)):
+    if flops and (peak := machine.rate(dtype)):
         times[COMPUTE] = flops / peak
     if moved and (bandwidth := machine.value("memory.bandwidth")):
         times[MEMORY] = moved / bandwidth

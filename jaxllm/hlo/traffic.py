@@ -17,6 +17,7 @@ _FREE = frozenset(
     "add-dependency domain async-start async-update async-done copy-done all-reduce-done all-gather-done "
     "collective-permute-done send-done recv recv-done get-dimension-size token infeed outfeed".split()
 )
+_COLLECTIVES = ("all-", "reduce-scatter", "collective-", "ragged-all-to-all")
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
 _ALIKE = frozenset(("bitcast", "reshape", "copy", "convert", "transpose"))  # inside a fusion: the same elements
 
@@ -75,16 +76,36 @@ def _started(instruction: Instruction) -> int:
 def _fusion(module: Module, computation: Computation, fusion: Instruction) -> tuple[int, int]:
     fused = module.called(fusion)[0]
     inside = fused.parameters
+    travels = _travelling(fused)
     read = 0
     for number, operand in enumerate(computation.operands(fusion)):
         parameter = inside.get(number)
-        if parameter is not None:
+        if parameter is not None and parameter.id not in travels:
             read += min(held(operand.shape), _used(module, fused, parameter))
+    if fused.root_id in travels:
+        return read, 0
     roots = fused.operands(fused.root) if fused.root.opcode == "tuple" else [fused.root]
     leaves = fusion.shape.leaves
     if len(roots) != len(leaves):
         return read, held(fusion.shape)
-    return read, sum(_kept(fused, root, leaf) for root, leaf in zip(roots, leaves, strict=True))
+    return read, sum(_kept(fused, root, leaf) for root, leaf in zip(roots, leaves, strict=True) if root.id not in travels)
+
+
+def _travelling(fused: Computation) -> set[int]:
+    """What is in a fusion only because a collective goes on beside what it computes, as XLA:TPU has it: one of a chain of
+    copies of the collective, the calls at the ends of the chain, and the arrays that go from one to the next. What a
+    collective moves is no traffic of the fusion."""
+    found = {
+        one.id
+        for one in fused.instructions
+        if (one.opcode.startswith(_COLLECTIVES) and any(pair.key == "chain_id" for pair in one.proto.frontend_attributes.map))
+        or (one.opcode == "custom-call" and one.proto.custom_call_target.startswith("AsyncCollective"))
+    }
+    if found:
+        tuple_ = {fused.root_id} if fused.root.opcode == "tuple" else set()
+        handed_on = found | tuple_
+        found |= {p.id for p in fused.parameters.values() if all(u.id in handed_on for u in fused.users.get(p.id, ()))}
+    return found
 
 
 def _used(module: Module, fused: Computation, parameter: Instruction, depth: int = 4) -> int:
@@ -99,6 +120,8 @@ def _used(module: Module, fused: Computation, parameter: Instruction, depth: int
             continue
         elif user.opcode == "scatter" and parameter.id in user.operand_ids[: _arrays_of(user)]:
             total += _updates(fused, user)  # what is there is read where it is added to
+        elif user.opcode in _ALIKE and user.id == fused.root_id:
+            total += whole  # nothing else is in the fusion
         elif user.opcode in _ALIKE and depth:
             total += _used(module, fused, user, depth - 1)
         elif user.opcode == "fusion" and user.called_ids and depth:

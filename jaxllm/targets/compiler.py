@@ -13,6 +13,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
+from jaxllm import cache
 from jaxllm.spec.errors import TargetError
 from jaxllm.targets.start import quiet
 
@@ -63,6 +64,13 @@ def lower(built: Any) -> Lowered:
             stages = built.lower()
         except NotImplementedError as error:
             raise TargetError(f"this step cannot be lowered for {built.target}: {first_line(error)}") from error
+        except RuntimeError as error:
+            if "cudnn" not in str(error).lower():
+                raise
+            raise TargetError(
+                f"attention=cudnn: {first_line(error).strip('.')}: pip install nvidia-cudnn-cu12 installs it; or choose "
+                "attention=blockwise."
+            ) from error
     return Lowered(built, stages, time.perf_counter() - start)
 
 
@@ -106,9 +114,11 @@ def compile(program: Any, progress: Callable[[str], None] = lambda message: None
         "xla_dump_hlo_pass_re": f".*{PARTITIONED[lowered.compiler]}.*",
     }
     executable, refused, start = None, "", time.perf_counter()
-    with quiet(), _afresh():
+    absent = lowered.built.target == "gpu"  # a card that is here tries its kernels out
+    kernels = cache.kernels(lowered.built.hardware) if absent else contextlib.nullcontext({})
+    with quiet(), _afresh(), kernels as more:
         try:
-            executable = _interruptible(lambda: lowered.stages.compile(compiler_options=options), progress)
+            executable = _interruptible(lambda: lowered.stages.compile(compiler_options=options | more), progress)
         except Exception as error:
             if not _is_memory(str(error)):
                 raise TargetError(f"XLA:{lowered.compiler.upper()} refused the step: {first_line(error)}") from error

@@ -112,3 +112,39 @@ def test_a_branch_is_reported():
     compiled = compile(forward, array(mesh, (8, 8)), mesh=mesh)
     assert matmul(compiled) == {"forward": 2 * 8**3}
     assert any(text.startswith("branches of") for text in compiled.ledger.unexplained)
+
+
+@pytest.mark.parametrize(("target", "widened"), [("cpu", True), ("gpu", False), ("tpu", False)])
+def test_matmuls_of_two_operands_in_8_bits_are_a_line_of_their_own(target, widened):
+    mesh = mesh_of(target)
+
+    def forward(x, w):
+        with jax.named_scope("forward"):
+            narrow = jnp.dot(x.astype(jnp.float8_e5m2), w.astype(jnp.float8_e4m3fn), preferred_element_type=jnp.float32)
+            mixed = jnp.dot(x.astype(jnp.float8_e5m2), w, preferred_element_type=jnp.float32)
+            return narrow, mixed
+
+    compiled = compile(forward, array(mesh, (64, 128)), array(mesh, (128, 32)), mesh=mesh, target=target)
+    lines = {(line.dtype, line.phase): line.value for line in compiled.ledger.section("flops")}
+    assert lines == {(dtype, "forward"): 2 * 64 * 128 * 32 for dtype in ("fp8", "")}
+    notes = [note for note in compiled.ledger.notes if "8 bits" in note]
+    assert [note.startswith("emitted: matmuls of 0 FLOPs multiply in 8 bits") for note in notes] == [True] * widened
+
+
+def test_what_is_taken_back_from_8_bits_is_not_multiplied_in_them():
+    """XLA:GPU for a card that is not there sees no product of 8 bits in two operands that were rounded and taken back."""
+    mesh = mesh_of("gpu")
+    rounded = lambda y: y.astype(jnp.float8_e4m3fn).astype(jnp.bfloat16)  # noqa: E731
+
+    def forward(x, w):
+        with jax.named_scope("forward"):
+            return rounded(x) @ rounded(w)
+
+    x, w = (array(mesh, (512, 512), dtype=jnp.bfloat16) for _ in "xw")
+    compiled = compile(forward, x, w, mesh=mesh, target="gpu")
+    assert [line.dtype for line in compiled.ledger.section("flops")] == [""]
+    assert not any(
+        operand.shape.dtype.startswith("f8")
+        for computation, instruction in compiled.optimized.by_opcode["dot"]
+        for operand in computation.operands(instruction)
+    )

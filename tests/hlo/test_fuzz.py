@@ -159,7 +159,7 @@ WORDS = (flip, overwrite, shrink, digit, number, word, lines(delete), lines(doub
 def test_changed_bytes_words_and_lines(target: str, form: str, changes: tuple[Change, ...]) -> None:
     rng = random.Random(f"{target} {form}")
     outcomes = set()
-    for _ in range(300):
+    for _ in range(150):
         data = bytearray(rng.choice(files(target, form)))
         rng.choice(changes)(rng, data)
         outcomes.add(measured(bytes(data)))
@@ -236,7 +236,7 @@ def test_changed_fields(target: str) -> None:
     rng = random.Random(target)
     outcomes = set()
     whole = classes()["HloProto"]
-    for _ in range(400):
+    for _ in range(200):
         proto = whole.FromString(rng.choice(files(target, "proto")))
         kinds: dict[str, list[object]] = {}
         for message in messages(proto):

@@ -6,6 +6,7 @@ import pytest
 from jax import lax
 
 from jaxllm.hlo.loops import executions, trip_count
+from jaxllm.hlo.read import read_bytes
 from tests.hlo.compilers import array, compile, mesh_of
 
 
@@ -48,6 +49,51 @@ def test_a_while_that_counts(start, go_on, advance, count):
         return lax.while_loop(lambda c: go_on(c[0]), lambda c: (advance(c[0]), jnp.sin(c[1] @ c[1])), (start, x))
 
     assert trips(compile(step, array(mesh_of("cpu"), (8, 8))).partitioned) == [count]
+
+
+# A loop of three turns whose result no one reads: with one device no partitioner has dropped it yet.
+UNREAD = """HloModule unread
+body {
+  p = (s32[], f32[8,8]) parameter(0)
+  i = s32[] get-tuple-element(p), index=0
+  one = s32[] constant(1)
+  more = s32[] add(i, one)
+  x = f32[8,8] get-tuple-element(p), index=1
+  y = f32[8,8] dot(x, x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT t = (s32[], f32[8,8]) tuple(more, y)
+}
+until {
+  p = (s32[], f32[8,8]) parameter(0)
+  i = s32[] get-tuple-element(p), index=0
+  three = s32[] constant(3)
+  ROOT less = pred[] compare(i, three), direction=LT
+}
+ENTRY main {
+  x = f32[8,8] parameter(0)
+  zero = s32[] constant(0)
+  start = (s32[], f32[8,8]) tuple(zero, x)
+  loop = (s32[], f32[8,8]) while(start), condition=until, body=body
+  y = f32[8,8] get-tuple-element(loop), index=1
+  ROOT out = f32[8,8] add(x, x)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "count"),
+    [
+        (("", ""), []),
+        (("add(x, x)", "add(x, y)"), [3]),
+        # What others see of it happens, whoever reads the result.
+        (("f32[8,8] dot(x, x), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+          'f32[8,8] custom-call(x), custom_call_target="print"'), [3]),
+    ],
+)  # fmt: skip
+def test_a_loop_that_nobody_reads_does_not_run(change, count):
+    module = read_bytes(UNREAD.replace(*change).encode() if change[0] else UNREAD.encode(), "unread.hlo").module
+    runs = executions(module)
+    body = next(part for part in module.computations.values() if part.name == "body")
+    assert [context.count for context in runs.of(body)] == count
 
 
 def test_an_unknown_count_is_counted_once_and_reported():

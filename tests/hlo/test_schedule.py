@@ -121,12 +121,19 @@ def test_what_an_operation_reads_and_writes():
   %g.2 = s32[] parameter(2)
   ROOT %g.3 = f32[1024]{0} dynamic-update-slice(%g.0, %g.1, %g.2)
 }
+
+%h {
+  %h.0 = bf16[1024]{0} parameter(0)
+  ROOT %h.1 = f32[1024]{0} convert(%h.0)
+}
 """
     entry = """  %a = f32[1024]{0} parameter(0)
   %i = s32[] parameter(1)
   %sliced = f32[16]{0} fusion(%a, %i), kind=kLoop, calls=%f
   %updated = f32[1024]{0} fusion(%a, %sliced, %i), kind=kLoop, calls=%g
   %both = f32[1024]{0} add(%updated, %updated)
+  %half = bf16[1024]{0} convert(%both)
+  %wide = f32[1024]{0} fusion(%half), kind=kLoop, calls=%h
   %fast = f32[1024]{0:T(1024)S(1)} negate(%both)
   %name = f32[32,32]{1,0} bitcast(%both)
   ROOT %tuple = (f32[1024]{0:T(1024)S(1)}, f32[32,32]{1,0}) tuple(%fast, %name)"""
@@ -135,6 +142,7 @@ def test_what_an_operation_reads_and_writes():
     assert moved["sliced"] == (64 + 4, 64)  # the slice and its index
     assert moved["updated"] == (64 + 4, 64)  # the update, in place
     assert moved["both"] == (4096, 4096)  # one array read twice is read once
+    assert moved["wide"] == (2048, 4096)  # a conversion alone reads all of it
     assert moved["fast"] == (4096, 0)  # written on the chip
     assert moved["name"] == moved["tuple"] == moved["a"] == (0, 0)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from jaxllm import targets
-from jaxllm.cache import recalled
-from jaxllm.check import build
+from jaxllm.cache import kernels, recalled
+from jaxllm.check import build, measure
 from jaxllm.spec.errors import SpecError, TargetError
 from jaxllm.spec.layout import Layout
 from jaxllm.spec.ledger import Ledger, Line, Rule, Term
@@ -205,6 +205,86 @@ def test_an_unwritable_cache_is_as_good_as_none(monkeypatch, tmp_path) -> None:
     assert recalled(_lowered("one"), lambda: (LEDGER, "", {}))[0][0] == LEDGER
 
 
+def _written(content: bytes, hardware: str = "a card") -> bytes:
+    """What a compilation that writes `content` finds in its file of kernels before; - where there is none."""
+    with kernels(hardware) as options:
+        assert list(options) == ["xla_gpu_kernel_cache_file"]
+        path = Path(options["xla_gpu_kernel_cache_file"])
+        found = path.read_bytes() if path.exists() else b"-"
+        path.write_bytes(content)
+    assert not path.exists()
+    return found
+
+
+def test_kernels_are_kept_by_hardware(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
+    assert _written(b"one") == b"-"
+    assert _written(b"one and two") == b"one"
+    assert _written(b"other", "another card") == b"-"
+    assert _written(b"") == b"one and two"
+    monkeypatch.setattr("jaxllm.cache.MOST_KERNELS", 8)
+    assert _written(b"eight...") == b""
+    assert _written(b"nine.....") == b"eight..."
+    assert _written(b"") == b"-"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_hlo_as_text")  # another compiler, as it were
+    assert _written(b"") == b"-"
+
+
+def test_kernels_of_a_compilation_that_failed_are_not_kept(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
+    _written(b"whole")
+    with pytest.raises(ZeroDivisionError), kernels("a card") as options:
+        Path(options["xla_gpu_kernel_cache_file"]).write_bytes(b"ha")
+        1 / 0
+    with kernels("a card"):  # it wrote nothing new
+        pass
+    assert _written(b"") == b"whole"
+
+
+def test_damaged_kernels_are_as_good_as_none(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
+    for damage in (lambda content: content[:-1], lambda content: content[:10], lambda content: b"", lambda content: content + b"."):
+        _written(b"whole")
+        (path,) = (tmp_path / "kernels").iterdir()
+        path.write_bytes(damage(path.read_bytes()))
+        assert _written(b"again") == b"-"
+
+
+def test_no_kernels_without_a_cache(monkeypatch, tmp_path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("JAXLLM_CACHE", str(blocked / "below"))
+    assert [_written(b"one") for _ in range(2)] == [b"-", b"-"]
+    monkeypatch.setenv("JAXLLM_CACHE", "")
+    with kernels("a card") as options:
+        assert options == {}
+
+
+def test_a_full_disk_keeps_no_kernels_and_stops_nothing(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
+    _written(b"whole")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jaxllm.cache.os.replace", full)
+    assert _written(b"more") == b"whole"
+    assert [path.suffix for path in (tmp_path / "kernels").iterdir()] == [""]  # and no half of it is left
+    assert _written(b"more") == b"whole"
+
+
+def test_a_ledger_does_not_depend_on_kernels_that_were_there(monkeypatch, tmp_path) -> None:
+    """And XLA takes them: what it keeps is more or less what was kept."""
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
+    ledgers, sizes = [], []
+    for _ in range(2):
+        built = build(TINY, Layout(), Machine.load("h100:1"), Workload(1, 32, "bf16-f32"))
+        ledgers.append(measure(compiler.compile(built)))
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / "kernels").iterdir()))
+    assert ledgers[0] == ledgers[1]
+    assert 0 < sizes[0] <= sizes[1] < 1.1 * sizes[0]
+
+
 # ---------------------------------------------------------------- as a user meets them
 
 
@@ -212,17 +292,21 @@ def _environment(**more: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")} | more
 
 
-@pytest.mark.parametrize("delay", [1.0, 2.0, 4.0, 7.0])
-def test_an_interrupt_ends_a_check_at_once_whatever_it_is_at(delay: float) -> None:
+@pytest.mark.parametrize(("delay", "number"), [(1.0, signal.SIGINT), (2.0, signal.SIGTERM), (4.0, signal.SIGINT), (7.0, signal.SIGTERM)])
+def test_an_interrupt_ends_a_check_at_once_whatever_it_is_at(delay: float, number: int, tmp_path: Path) -> None:
     arguments = [*CHECK, "--mesh", "h100:8", "--layout", "data=4,tensor=2,zero=3"]
-    check = subprocess.Popen(arguments, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    check = subprocess.Popen(
+        arguments, env=_environment(TMPDIR=str(tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     with contextlib.suppress(subprocess.TimeoutExpired):
         assert check.wait(delay) == 0  # done sooner than that, on a fast machine: nothing is left to interrupt
         return
-    check.send_signal(signal.SIGINT)
+    check.send_signal(number)
     _, stderr = check.communicate(timeout=60)
-    assert check.returncode in (130, -signal.SIGINT)  # before Python has set its handler the signal itself ends it
-    assert "Traceback" not in stderr or check.returncode == -signal.SIGINT
+    assert check.returncode in (128 + number, -number)  # before Python has set its handler the signal itself ends it
+    if check.returncode == 128 + number:
+        assert stderr.splitlines()[-1] == {signal.SIGINT: "jaxllm: interrupted", signal.SIGTERM: "jaxllm: terminated"}[number]
+        assert "Traceback" not in stderr and not list(tmp_path.glob("jaxllm-*"))
 
 
 def test_a_reader_that_leaves_is_no_difference() -> None:

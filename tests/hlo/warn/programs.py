@@ -414,7 +414,7 @@ def kept_weights(target: str, fixed: bool) -> Case:
 
         return jax.grad(loss)(w)
 
-    return Case(step, (array(mesh, (4096, 2048), P("data")), array(mesh, (4, 2048, 2048), P(None, None, "data"))), mesh)
+    return Case(step, (array(mesh, (512, 2048), P("data")), array(mesh, (4, 2048, 2048), P(None, None, "data"))), mesh)
 
 
 def kept_weights_one_by_one(target: str, fixed: bool) -> Case:
@@ -434,7 +434,7 @@ def kept_weights_one_by_one(target: str, fixed: bool) -> Case:
 
         return jax.grad(loss)(w)
 
-    return Case(step, (array(mesh, (4096, 4096), P("data")), [array(mesh, (4096, 4096), P(None, "data"))] * 3), mesh)
+    return Case(step, (array(mesh, (512, 4096), P("data")), [array(mesh, (4096, 4096), P(None, "data"))] * 3), mesh)
 
 
 def kept_softmax(target: str, fixed: bool) -> Case:
@@ -454,7 +454,7 @@ def kept_softmax(target: str, fixed: bool) -> Case:
 
         return jax.grad(loss)(w)
 
-    arguments = array(mesh, (16, 1024, 512), P("data"), "bfloat16"), array(mesh, (4, 512, 8, 64), dtype="bfloat16")
+    arguments = array(mesh, (16, 256, 512), P("data"), "bfloat16"), array(mesh, (4, 512, 8, 64), dtype="bfloat16")
     return Case(step, arguments, mesh)
 
 
