@@ -24,6 +24,8 @@ _HOME = {
     "compile": "jaxllm.targets.compiler",
     "measure": "jaxllm.check",
     "compare": "jaxllm.report.compare",
+    "step_time": "jaxllm.theory.time",
+    "played_time": "jaxllm.played",
     "inspect": "jaxllm.inspection",
     "inspect_file": "jaxllm.inspection",
 }

@@ -16,7 +16,7 @@ from jaxllm.spec.errors import SpecError
 from jaxllm.spec.layout import Layout
 from jaxllm.spec.ledger import COLLECTIVES, Ledger
 from jaxllm.spec.model import ModelConfig
-from jaxllm.spec.validate import default_batch, default_sequence, validate
+from jaxllm.spec.validate import default_batch, default_sequence, validate, validate_host, validate_target
 from jaxllm.spec.workload import Workload
 from jaxllm.targets import start
 from jaxllm.theory import PLAIN_AUTODIFF, predict
@@ -52,12 +52,14 @@ def build(
     target = target or mesh.target
     targets.validate(target, mesh)
     validate(model, layout, mesh.devices, workload)
+    validate_target(target, layout, workload)
     start.prepare(target, mesh.devices)
     with start.quiet():
         from jaxllm.program import build
 
         hardware = repr((target, mesh.topology, mesh.machine.compiler))
         devices = targets.module(target).devices(mesh)
+        validate_host(devices[0].platform, layout)  # of target local nobody knew before
         return build(model, layout, workload, devices, target=target, hardware=hardware, **options)
 
 
@@ -75,11 +77,11 @@ def _ledger(compiled: Compiled) -> Ledger:
 
     built = compiled.lowered.built
     return measure(
-        _dump(compiled), built.axes, logical_bytes=built.logical_bytes, needed_bytes=built.needed_bytes
+        dump_of(compiled), built.axes, logical_bytes=built.logical_bytes, needed_bytes=built.needed_bytes
     )
 
 
-def _dump(compiled: Compiled) -> Dump:
+def dump_of(compiled: Compiled) -> Dump:
     from jaxllm.hlo import Dump
 
     return Dump.find(compiled.dump.name, compiled.lowered.compiler, devices=compiled.lowered.built.mesh.size)
@@ -101,14 +103,15 @@ def check(
     The program, XLA's protos and both ledgers are written to the folder `bundle`. Raises what `build` and `compile`
     raise.
     """
-    predicted = predict(model, layout, workload)
+    predicted = predict(model, layout, workload, target=target or mesh.target)
     progress(f"building {model.name} for {layout} on {mesh}")
     options: dict[str, Any] = {}
     if run:
         start.prepare(target or mesh.target, mesh.devices)  # before what follows imports jax
         from jaxllm.program import run as runs
 
-        options["learning_rate"] = runs.LEARNING_RATE  # the ledger does not depend on it
+        # The ledger does not depend on it
+        options["learning_rate"] = runs.learning_rate(workload.optimizer, model, fp8=workload.dtypes.fp8)
     built = build(model, layout, mesh, workload, target=target, **options)
     from jaxllm.targets import compiler
 
@@ -122,7 +125,7 @@ def check(
         begin = time.perf_counter()
         ledger = _ledger(compiled)
         if bundle is not None:
-            save_program(bundle, lowered.stages.as_text(debug_info=True), _dump(compiled), predicted, ledger)
+            save_program(bundle, lowered.stages.as_text(debug_info=True), dump_of(compiled), predicted, ledger)
         spent = {"compile": round(compiled.seconds, 3), "measure": round(time.perf_counter() - begin, 3)}
         if run:
             progress("taking three steps, and the same three without any sharding")
@@ -133,7 +136,22 @@ def check(
     unknown = dict.fromkeys(("matmul", *COLLECTIVES), PLAIN_AUTODIFF) if layout.remat == "jax" else {}
     comparison = compare(predicted, ledger, capacity=mesh.capacity, not_comparable=unknown, refused=refused)
     return dataclasses.replace(
-        comparison, run=steps, seconds={"lower": round(lowered.seconds, 3)} | spent, cached=cached
+        comparison,
+        run=steps,
+        seconds={"lower": round(lowered.seconds, 3)} | spent,
+        cached=cached,
+        notes=(*comparison.notes, *_without_8_bits(mesh, workload)),
+    )
+
+
+def _without_8_bits(mesh: Mesh, workload: Workload) -> tuple[str, ...]:
+    """A note where products are to be in 8 bits, and no source says that the chips multiply so."""
+    machine = mesh.machine
+    if not workload.dtypes.fp8 or "fp8" in machine.peak_flops or machine.target == "cpu":
+        return ()
+    return (
+        f"precision {workload.precision}: no source has a rate of {machine.name} for matmuls in 8 bits; its compiler takes them, "
+        "and nothing says that they are faster than those in bf16",
     )
 
 
@@ -177,6 +195,7 @@ def resolve(
     optimizer: str = "adamw",
     gradient_dtype: str = "",
     *,
+    target: str = "",
     factor: float = 1.0,
 ) -> Workload:
     """The workload with its defaults filled in, and `max` searched for by closed form.
@@ -188,14 +207,14 @@ def resolve(
         if mesh.capacity is None:
             raise SpecError(f"{mesh.machine.name} has no memory limit, so nothing is the largest that fits; give numbers.")
         if layout.remat == "jax":
-            raise SpecError("remat=jax has no closed form to search with; give numbers, or choose remat=full or none.")
+            raise SpecError("remat=jax has no closed form to search with; give numbers, or choose remat=none, selective or full.")
     parts = default_batch(layout)
 
     def workload(sequences: int, tokens: int) -> Workload:
         return Workload(sequences * parts, tokens, precision, optimizer, gradient_dtype)
 
     def fits(candidate: Workload) -> bool:
-        ledger = predict(model, layout, candidate)
+        ledger = predict(model, layout, candidate, target=target or mesh.target)
         held = _held(ledger)
         return held + factor * (ledger.peak - held) <= mesh.capacity
 
@@ -203,9 +222,10 @@ def resolve(
         sequences = Workload(batch, 1, precision).sequences_per_device(layout)
     else:
         sequences = 1
-    tokens = sequence if isinstance(sequence, int) else default_sequence(model)
-    if sequence == "max":
-        step = min(SEQUENCE_STEP, model.max_sequence)
+    tokens = sequence if isinstance(sequence, int) else default_sequence(model, layout)
+    if sequence == "max":  # of what the model was made for
+        longest = max(1, model.max_sequence // layout.sequence_parts) * layout.sequence_parts
+        step = min(math.lcm(SEQUENCE_STEP, layout.sequence_parts), longest)
         most = model.max_sequence // step
         tokens = step * _largest(lambda count: fits(workload(sequences, step * count)), most)
     if batch == "max":

@@ -115,7 +115,8 @@ class RunResult:
     Losses are in nats. `errors` gives by `kind/parameter` the largest max|a-b| / max|b| over all devices' shards: kinds
     are `loss/1` and `gradient_norm/1` of each step, `gradient` at the first step, before clipping, and `change`, the
     parameters after the last step less those before the first; with a bf16 parameter beside an f32 master copy,
-    `change` is the master's, and `parameters` are those held after the last step.
+    `change` is the master's, and `parameters` are those held after the last step. In less than f32 elements may be far off
+    by rounding; `sizes` gives of gradients and changes |<a-b,b>| / <b,b>, in which it evens out.
     """
 
     steps: int
@@ -123,6 +124,8 @@ class RunResult:
     reference_losses: tuple[float, ...]
     errors: Mapping[str, float]
     tolerance: float = RUN_TOLERANCE
+    sizes: Mapping[str, float] = field(default_factory=dict)
+    size_tolerance: float = 0.0
 
     @property
     def max_relative_error(self) -> float:
@@ -131,7 +134,8 @@ class RunResult:
 
     @property
     def agrees(self) -> bool:
-        return self.max_relative_error <= self.tolerance  # False for NaN
+        near = self.max_relative_error <= self.tolerance  # False for NaN
+        return near and all(size <= self.size_tolerance for size in self.sizes.values())
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,14 @@ from jaxllm.spec.model import ModelConfig
 from jaxllm.theory.training import Count, training_days
 
 
+RECOMPUTED = {
+    "none": "none",
+    "selective": "selective: the scores of attention are computed again, and the rate counts that as well, where 6 P has none "
+    "of it",
+    "full": "full: each block is computed again, and the rate counts that as well",
+}
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is trained, on what, and how well it is used.
@@ -71,7 +79,6 @@ def document(plan: Plan, counts: Sequence[Count]) -> dict[str, Any]:
 def print_days(plan: Plan, counts: Sequence[Count], out: Console) -> None:
     """What is trained on what, then a row for each way to count."""
     dtype, peak = plan.rate
-    again = plan.remat == "full"
     print_fields(
         out,
         [
@@ -79,7 +86,7 @@ def print_days(plan: Plan, counts: Sequence[Count], out: Console) -> None:
             ("tokens", f"T = {plan.tokens:,.10g}"),
             ("devices", f"n = {plan.mesh.devices:,} of {plan.mesh.machine.name}, {human(peak, 'FLOP/s')} each in {dtype}"),
             ("rate", f"X = {plan.used:.4g} of it, {human(plan.used * peak, 'FLOP/s')}"),
-            ("remat", "full: each block is computed again, and the rate counts that as well" if again else "none"),
+            ("remat", RECOMPUTED[plan.remat]),
         ],
     )
     out.print()

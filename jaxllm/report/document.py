@@ -47,6 +47,7 @@ def document(comparison: Comparison, setup: Setup) -> dict[str, Any]:
         "stages": _stages(setup),
         "flops": [_flops(row) for row in comparison.section("flops")],
         "collectives": [_collective(row) for row in comparison.section("collectives")],
+        "transfers": [_transfer(row) for row in comparison.section("transfers")],
         "unexplained": list(comparison.unexplained),
         "notes": list(comparison.notes),
         "peak": {
@@ -112,6 +113,18 @@ def _flops(row: Row) -> dict[str, Any]:
     return {
         "line": row.name,
         "phase": row.phase,
+        **({"dtype": row.dtype} if row.dtype else {}),
+        "predicted": row.predicted,
+        "compiled": row.compiled,
+        "status": row.status,
+        **_reason(row),
+    }
+
+
+def _transfer(row: Row) -> dict[str, Any]:
+    return {
+        "kind": row.name,
+        "dtype": row.dtype,
         "predicted": row.predicted,
         "compiled": row.compiled,
         "status": row.status,
@@ -159,6 +172,8 @@ def _run(comparison: Comparison) -> dict[str, Any] | None:
         "losses": [_finite(loss) for loss in run.losses],
         "tolerance": run.tolerance,
         "worst": worst(run.errors),
+        "max_size_error": _finite(run.sizes[worst(run.sizes)]) if run.sizes else None,
+        "size_tolerance": run.size_tolerance if run.sizes else None,
         "agrees": run.agrees,
     }
 

@@ -12,10 +12,10 @@ from rich.text import Text
 from jaxllm.report.compare import Comparison, Row, Setup
 from jaxllm.report.units import exact, human, percent, wrap
 from jaxllm.spec.errors import SpecError, nearest
-from jaxllm.spec.ledger import COLLECTIVES, MEMORY_LINES, PIPELINE_LINES, Term
+from jaxllm.spec.ledger import COLLECTIVES, MEMORY_LINES, PIPELINE_LINES, TRANSFERS, Term
 
 PEAK = "peak"
-_NAMES = (*MEMORY_LINES, *PIPELINE_LINES, "ticks", "matmul", *COLLECTIVES, PEAK)
+_NAMES = (*MEMORY_LINES, *PIPELINE_LINES, "ticks", "matmul", *COLLECTIVES, *TRANSFERS, PEAK)
 
 
 def check_name(text: str) -> None:
@@ -47,6 +47,9 @@ def symbols(setup: Setup, row: Row | None = None) -> dict[str, Any]:
 
     s = Symbols.of(setup.model, setup.layout, setup.workload)
     letters = "L D F N K H V r n t z m b T p c g o".split() + (["P"] if s.family == "gpt" else [])
+    letters += ["q"] if setup.layout.sequence else []
+    letters += ["x"] if setup.layout.context > 1 else []
+    letters += ["A", "C"] if setup.layout.attention == "blockwise" else []
     more = {}
     stages = stages_of(setup.model, setup.layout, setup.workload)
     if stages is not None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from jaxllm.spec.errors import SpecError
 
+_PICTURES = (".png", ".svg", ".pdf")
+
 
 def output_path(option: str, text: str, suffixes: Sequence[str], what: str) -> Path:
     """The path of a file that can be written. Raises SpecError, which names the option, when it cannot.
@@ -31,3 +33,8 @@ def output_path(option: str, text: str, suffixes: Sequence[str], what: str) -> P
     except OSError as error:
         raise SpecError(f"{option} {text} cannot be written: {error.strerror}; name a file elsewhere.") from None
     return path
+
+
+def plot_path(text: str | None) -> Path | None:
+    """The path of a picture that can be written; None where none is wanted. Raises SpecError."""
+    return None if text is None else output_path("--plot", text, _PICTURES, "a picture")

@@ -199,10 +199,10 @@ class Report:
 
     def plot(self, path: str | Path) -> None:
         """Draws the memory over the schedule, as .png, .svg or .pdf. Raises SpecError when it cannot be written."""
+        from jaxllm.report.files import plot_path
         from jaxllm.report.inspection_plot import save_timeline
-        from jaxllm.report.plot import check_path
 
-        save_timeline(self, check_path(str(path)))
+        save_timeline(self, plot_path(str(path)))
 
     def trace(self, path: str | Path) -> None:
         """Writes the schedule as a trace that ui.perfetto.dev opens."""

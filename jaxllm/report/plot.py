@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 
 from jaxllm.report.compare import Comparison, Setup
 from jaxllm.report.drawing import LIMIT, ON_WHITE, in_bytes, picture, save, tidy
-from jaxllm.report.files import output_path
+from jaxllm.report.layers import bars
 from jaxllm.report.units import human
 from jaxllm.spec.errors import SpecError
 from jaxllm.spec.ledger import PHASES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-SUFFIXES = (".png", ".svg", ".pdf")
 
 # Bottom to top: what stays between steps, then what a step needs. Host memory is not the device's.
 _STACK = {
@@ -31,19 +29,21 @@ _STACK = {
     "uniform": "#b9b4a6",
     "padding": "#8a8a8a",
 }
+# The same of a part of the model; host memory is hatched.
+_PARTS = {
+    "parameters": _STACK["parameters"], "gradients": _STACK["gradients"], "optimizer": _STACK["optimizer"],
+    "activations": _STACK["residuals"], "other": _STACK["padding"], "host": _STACK["batch"],
+}  # fmt: skip
 _REST, _REST_COLOUR = "temporaries up to the peak", "#e3e0d8"
 _PREDICTED, _COMPILED = "#9aa5b1", "#1d4e89"
 
 
-def check_path(text: str) -> Path:
-    """The path of a picture that can be written. Raises SpecError."""
-    return output_path("--plot", text, SUFFIXES, "a picture")
-
-
-def save_plot(comparison: Comparison, setup: Setup, path: Path) -> None:
-    """Writes the picture. Raises SpecError when the file cannot be written after all."""
+def save_plot(comparison: Comparison, setup: Setup, path: Path, by: str | None = None) -> None:
+    """Writes the picture, with the closed form taken apart by "layer" or "module" below it. Raises SpecError when the file
+    cannot be written after all."""
     travels = _travels(comparison)
-    with picture(11, max(5.2, 2.4 + 0.52 * len(travels))) as figure:
+    height, below = max(5.2, 2.4 + 0.52 * len(travels)), 3.4 if by else 0
+    with picture(11, height + below) as figure:
         work = setup.workload
         figure.suptitle(
             f"{setup.model.name} on {setup.mesh}, {setup.layout}\n"
@@ -53,9 +53,12 @@ def save_plot(comparison: Comparison, setup: Setup, path: Path) -> None:
             ha="left",
             fontsize=11,
         )
-        memory, wire = figure.subplots(1, 2, width_ratios=(1, 1.15))
-        _draw_memory(memory, comparison)
-        _draw_wire(wire, comparison, travels)
+        rows = {"height_ratios": (height, below)} if by else {}
+        grid = figure.add_gridspec(2 if by else 1, 2, width_ratios=(1, 1.15), **rows)
+        _draw_memory(figure.add_subplot(grid[0, 0]), comparison)
+        _draw_wire(figure.add_subplot(grid[0, 1]), comparison, travels)
+        if by:
+            _draw_parts(figure.add_subplot(grid[1, :]), setup, by)
         save(figure, path)
 
 
@@ -112,6 +115,32 @@ def _draw_memory(axes: Axes, comparison: Comparison) -> None:
     bars, labels = [bars for bars, _ in reversed(handles)], [label for _, label in reversed(handles)]
     if bars:
         axes.legend(bars, labels, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2, frameon=False)
+
+
+def _draw_parts(axes: Axes, setup: Setup, by: str) -> None:
+    """A bar for each part, or stage of a pipeline, of what it holds; what is in host memory is hatched."""
+    found = bars(setup, by)
+    tops = [0] * len(found)
+    for kind in found[0][1]:
+        values = [sizes[kind] for _, sizes in found]
+        if not any(values):
+            continue
+        label = "in host memory" if kind == "host" else kind
+        axes.bar(
+            range(len(found)), values, bottom=tops, width=0.62, color=_PARTS[kind], edgecolor="white", lw=0.8, label=label,
+            hatch="//" if kind == "host" else None,
+        )  # fmt: skip
+        tops = [top + value for top, value in zip(tops, values, strict=True)]
+    many = len(found) > 16  # stages
+    for place, top in enumerate(() if many else tops):
+        axes.annotate(human(top), (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=8, bbox=ON_WHITE)
+    axes.set_xticks(range(len(found)), [name.removeprefix("stage ") if many else name for name, _ in found])
+    axes.set_xlim(-0.6, len(found) - 0.4)
+    axes.set_ylim(0, 1.18 * max(*tops, 1))
+    axes.set_title(f"By {'stage' if setup.layout.pipe > 1 else by}, closed form: what one device holds", loc="left", weight="bold", fontsize=10)
+    in_bytes(axes.yaxis)
+    tidy(axes, "y")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
 def _travels(comparison: Comparison) -> list[tuple[str, int, int]]:

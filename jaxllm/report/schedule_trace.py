@@ -6,26 +6,19 @@ a viewer tells nanoseconds apart, and no less.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jaxllm.report.schedule import cost, timing, title
+from jaxllm.report.trace_events import PROCESS, named, save, span
 from jaxllm.schedules.simulation import Simulation
-from jaxllm.spec.errors import SpecError
-
-_PROCESS = 1
 
 
 def save_trace(simulation: Simulation, path: Path) -> None:
     """Writes the trace as JSON. Raises SpecError when the file cannot be written."""
-    text = json.dumps(trace(simulation), separators=(",", ":"), allow_nan=False)
-    try:
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise SpecError(f"--trace {path} cannot be written: {error.strerror or error}; name another file.") from None
+    save(trace(simulation), path)
 
 
 def trace(simulation: Simulation) -> dict[str, Any]:
@@ -38,7 +31,7 @@ def trace(simulation: Simulation) -> dict[str, Any]:
             "times": timing(simulation),
             "time": f"simulated, not of a run: one unit of the times is {_scale(simulation):,} microseconds",
         },
-        "traceEvents": [*_names(simulation), *_cells(simulation)],
+        "traceEvents": list(events(simulation)),
     }
 
 
@@ -49,30 +42,24 @@ def _scale(simulation: Simulation) -> int:
     return 10 ** max(0, math.ceil(-math.log10(shortest)))
 
 
-def _names(simulation: Simulation) -> Iterable[dict[str, Any]]:
-    yield _named("process_name", 0, name=f"{title(simulation)}; {cost(simulation)}")
+def events(simulation: Simulation, process: int = PROCESS) -> Iterable[dict[str, Any]]:
+    """The tracks and the cells, as one process of a trace."""
+    yield named("process_name", 0, process=process, name=f"{title(simulation)}; {cost(simulation)}")
     for stage in range(simulation.schedule.stages):
-        yield _named("thread_name", stage + 1, name=f"stage {stage}")
-        yield _named("thread_sort_index", stage + 1, sort_index=stage + 1)
+        yield named("thread_name", stage + 1, process=process, name=f"stage {stage}")
+        yield named("thread_sort_index", stage + 1, process=process, sort_index=stage + 1)
+    yield from _cells(simulation, process)
 
 
-def _named(event: str, track: int, **args: Any) -> dict[str, Any]:
-    return {"ph": "M", "name": event, "pid": _PROCESS, "tid": track, "args": args}
-
-
-def _cells(simulation: Simulation) -> Iterable[dict[str, Any]]:
+def _cells(simulation: Simulation, process: int) -> Iterable[dict[str, Any]]:
     schedule, scale = simulation.schedule, _scale(simulation)
     for stage, timed in enumerate(simulation.stages):
         for one, tick in zip(timed, schedule.starts[stage], strict=True):
             cell = one.cell
-            begin, end = round(scale * one.start, 3), round(scale * one.end, 3)
-            yield {
-                "ph": "X", "name": str(cell), "cat": cell.kind, "pid": _PROCESS, "tid": stage + 1, "ts": begin,
-                "dur": round(end - begin, 3),
-                "args": {
-                    "microbatch": cell.microbatch,
-                    "chunk": cell.chunk,
-                    "part of the model": schedule.part(stage, cell.chunk),
-                    "tick": tick,
-                },
-            }  # fmt: skip
+            args = {
+                "microbatch": cell.microbatch,
+                "chunk": cell.chunk,
+                "part of the model": schedule.part(stage, cell.chunk),
+                "tick": tick,
+            }
+            yield span(str(cell), cell.kind, stage + 1, scale * one.start, scale * one.end, args, process=process)

@@ -7,7 +7,7 @@ everything fits, and where it cannot, lines grow.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -25,6 +25,7 @@ _TITLES = {
     "pipeline": "Schedule of the pipeline",
     "flops": "Computed by one device in a step, in FLOPs",
     "collectives": "Collectives of one device in a step, in bytes",
+    "transfers": "Copied between device and host memory in a step, in bytes",
 }
 _FIELD = 10  # width of the names in the header and in the verdict
 
@@ -139,13 +140,19 @@ def _run_verdict(comparison: Comparison) -> tuple[str, str]:
     run = comparison.run
     assert run is not None
     outcome = "agree with" if run.agrees else "differ from"
-    sign = "<=" if run.agrees else ">"
+    whole = f", of a tensor as a whole {_within(run.sizes, run.size_tolerance)}" if run.sizes else ""
     losses = ", ".join(f"{loss:.6g}" for loss in run.losses)
     text = (
         f"{run.steps} steps {outcome} the unsharded reference: largest relative error "
-        f"{run.max_relative_error:.1e} in {worst(run.errors)} {sign} {run.tolerance:.0e}; losses {losses}"
+        f"{_within(run.errors, run.tolerance)}{whole}; losses {losses}"
     )
     return text, "green" if run.agrees else "bold red"
+
+
+def _within(errors: Mapping[str, float], limit: float) -> str:
+    """The worst of some errors, and whether it is within its limit."""
+    name = worst(errors)
+    return f"{errors[name]:.1e} in {name} {'<=' if errors[name] <= limit else '>'} {limit:.0e}"
 
 
 def print_fields(out: Console, fields: Iterable[tuple[str, str]]) -> None:
@@ -164,7 +171,7 @@ def _print_sections(comparison: Comparison, out: Console) -> None:
     blocks: list[tuple[str, list[Cell | str]]] = []
     for section, title in _TITLES.items():
         rows = [row for row in comparison.section(section) if not row.empty]
-        if section == "pipeline" and not rows:
+        if section in ("pipeline", "transfers") and not rows:
             continue  # there is none
         cells = [cell for row in rows for cell in _cells(row)]
         blocks.append((title, cells or ["  nothing"]))
@@ -196,7 +203,7 @@ def _columns(cell: Cell, widths: Sequence[int]) -> str:
 
 def _cells(row: Row) -> Iterable[Cell | str]:
     status = "n/c" if row.status == NOT_COMPARABLE else row.status
-    unit = "B" if row.section in ("memory", "collectives") else ""
+    unit = "B" if row.section in ("memory", "collectives", "transfers") else ""
 
     def cell(name: str, predicted: int | None, compiled: int | None, state: str) -> Cell:
         known = predicted if compiled is None else compiled

@@ -6,7 +6,6 @@ or one microsecond each where no machine is known. A loop's body is there once, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,11 @@ from typing import Any
 
 from jaxllm.report.inspection import Collective, Operation, Place, Report
 from jaxllm.report.inspection_lines import COMPILERS
+from jaxllm.report.trace_events import PROCESS, named, save, span
 from jaxllm.report.units import one_line
-from jaxllm.spec.errors import SpecError
 
 _OPERATIONS, _COLLECTIVES = 1, 2  # numbers of tracks; further collectives at the same time get tracks of their own
 _LEAST = 0.001  # microseconds: a slice without length could not be seen or clicked
-_PROCESS = 1
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,7 @@ class _Sent:
 
 def save_trace(report: Report, path: Path) -> None:
     """Writes the trace as JSON. Raises SpecError when the file cannot be written."""
-    text = json.dumps(trace(report), separators=(",", ":"), allow_nan=False)
-    try:
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise SpecError(f"--trace {path} cannot be written: {error.strerror or error}; name another file.") from None
+    save(trace(report), path)
 
 
 def trace(report: Report) -> dict[str, Any]:
@@ -141,26 +135,13 @@ def _tracks(sent: Iterable[_Sent]) -> Iterable[tuple[_Sent, int]]:
 
 def _names(report: Report, sent: list[_Sent]) -> Iterable[dict[str, Any]]:
     name = f"{one_line(report.name) or 'a module without a name'}, one of {report.devices:,} devices; {_time(report)}"
-    yield _named("process_name", 0, name=name)
+    yield named("process_name", 0, name=name)
     tracks = {_OPERATIONS: "operations", _COLLECTIVES: "collectives"}
     for _, track in _tracks(sent):
         tracks.setdefault(track, f"collectives beside those, {track - _COLLECTIVES}")
     for track, title in sorted(tracks.items()):
-        yield _named("thread_name", track, name=title)
-        yield _named("thread_sort_index", track, sort_index=track)
-
-
-def _named(event: str, track: int, **args: Any) -> dict[str, Any]:
-    return {"ph": "M", "name": event, "pid": _PROCESS, "tid": track, "args": args}
-
-
-def _slice(name: str, category: str, track: int, start: float, end: float, args: dict[str, Any]) -> dict[str, Any]:
-    # to the nanosecond, so that the end of one is the start of the next
-    begin = round(start, 3)
-    return {
-        "ph": "X", "name": one_line(name), "cat": category, "pid": _PROCESS, "tid": track, "ts": begin,
-        "dur": round(round(end, 3) - begin, 3), "args": args,
-    }  # fmt: skip
+        yield named("thread_name", track, name=title)
+        yield named("thread_sort_index", track, sort_index=track)
 
 
 def _operation(slice_: _Slice) -> dict[str, Any]:
@@ -174,7 +155,7 @@ def _operation(slice_: _Slice) -> dict[str, Any]:
     }
     if operation.bound:
         args["bound by"] = operation.bound
-    return _slice(operation.place.name, operation.opcode, _OPERATIONS, slice_.start, slice_.end, args)
+    return span(operation.place.name, operation.opcode, _OPERATIONS, slice_.start, slice_.end, args)
 
 
 def _collective(one: _Sent, track: int) -> dict[str, Any]:
@@ -191,7 +172,7 @@ def _collective(one: _Sent, track: int) -> dict[str, Any]:
         args["stands for"] = first.disguise
     if not one.placed:
         args["when"] = "unknown: no operation of the schedule has its name"
-    return _slice(f"{first.kind} over {'+'.join(first.axes)}", first.kind, track, one.start, one.end, args)
+    return span(f"{first.kind} over {'+'.join(first.axes)}", first.kind, track, one.start, one.end, args)
 
 
 def _where(place: Place) -> dict[str, Any]:
@@ -226,6 +207,6 @@ def _memory(report: Report, slices: list[_Slice]) -> list[dict[str, Any]]:
         moment = round(moment, 3)
         levels[moment] = max(levels.get(moment, 0), level)
     return [
-        {"ph": "C", "name": "live memory", "pid": _PROCESS, "tid": 0, "ts": moment, "args": {"bytes": level}}
+        {"ph": "C", "name": "live memory", "pid": PROCESS, "tid": 0, "ts": moment, "args": {"bytes": level}}
         for moment, level in sorted(levels.items())
     ]

@@ -34,7 +34,7 @@ def run(
     model_text: str,
     mesh_text: str,
     layout_text: str,
-    out: str,
+    out: str | None,
     *,
     resume: bool,
     target: str | None,
@@ -47,12 +47,19 @@ def run(
     **asked: str | None,
 ) -> int:
     """Does what was asked and returns the exit code. `arguments` are the command line's, for other processes to repeat."""
-    folder = Path(out)
     model, mesh, layout = ModelConfig.load(model_text), Machine.load(mesh_text), Layout.parse(layout_text)
     target = _training_target(target, mesh)
     number = count("--processes", processes, 1)
     index = count("--process", process, None, least=0)
     group.validate(number, index, coordinator, mesh.devices, str(mesh), target)
+    if out is None:
+        if resume or index is not None:
+            what = "the run to go on with" if resume else "one folder for all processes"
+            raise SpecError(f"--out is missing, which names {what}; add --out and the folder.")
+        out = f"{request.new_folder(model.name)}"
+        arguments = [*arguments, "--out", out]
+        print(f"jaxllm: the run is in {out}", file=sys.stderr)
+    folder = Path(out)
     wanted = _asked(**asked)
     every = {
         "steps": count("--steps", steps, request.STEPS),

@@ -135,16 +135,16 @@ def _steps(
         done = metrics.keep(path, first) if leads else []
     if leads and len(done) < first:
         say(f"metrics.csv lacks rows of the {first:,} steps before")
-    like, size = built.arguments[2], job.workload.batch * job.workload.sequence
+    size = job.workload.batch * job.workload.sequence
     saved, told = first, 0.0
     parameters, optimizer = state
-    batch = training_batch(job.text, like, job.seed, first)
+    batch = training_batch(job.text, built, job.seed, first)
     with _stopping(say if leads else lambda message: None) as stop:
         for number in range(first + 1, job.steps + 1):
             begin = time.perf_counter()
             parameters, optimizer, metric = compiled(parameters, optimizer, batch)
             if number < job.steps:
-                batch = training_batch(job.text, like, job.seed, number)  # while the devices are at work
+                batch = training_batch(job.text, built, job.seed, number)  # while the devices are at work
             loss, norm = float(metric["loss"]), float(metric["gradient_norm"])
             now = time.perf_counter()
             ends = _agreed(stop.signal)
@@ -157,7 +157,9 @@ def _steps(
                 if leads:
                     metrics.append(path, done[-1])
             saves = last or number % job.save_every == 0
-            if not all(map(math.isfinite, (loss, norm, held_out or 0.0))) or (saves and not _finite(parameters)):
+            # A scaled loss that overflowed its gradients' dtype has changed nothing but its factor.
+            figures = (loss, held_out or 0.0) if job.workload.dtypes.scaled else (loss, norm, held_out or 0.0)
+            if not all(map(math.isfinite, figures)) or (saves and not _finite(parameters)):
                 raise SpecError(
                     f"training with --lr {job.learning_rate:g} gives what is no number at step {number:,}, where the loss is "
                     f"{loss:g}; take a smaller one and another --out{f'; the checkpoint of step {saved:,} is whole' if saved else ''}."
@@ -176,7 +178,7 @@ def _steps(
 
 def evaluate(built: Built, parameters: Tree, text: Text) -> float:
     """The mean loss over the held-out text, in nats a token."""
-    parts = [(count, built.loss(parameters, batch)) for count, batch in evaluation_batches(text, built.arguments[2])]
+    parts = [(count, built.loss(parameters, batch)) for count, batch in evaluation_batches(text, built)]
     return sum(count * float(loss) for count, loss in parts) / sum(count for count, _ in parts)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +26,9 @@ from jaxllm.train.text import Text, read_text
 CHECKPOINTS = "checkpoints"  # a folder in a run's, with one folder a checkpoint, named by its step
 
 STEPS, EVERY, SEED = 200, 50, 0
-# The Llama papers' peaks are 3e-4 to 1.5e-4, and their warm-up is 2,000 steps. Without any, Adam's first updates are the
-# signs of gradients, and lead to where rounding errors grow (docs/experiments/curves.md).
-LEARNING_RATE, WARMUP = 3e-4, 20
+# The Llama papers' warm-up is 2,000 steps. Without any, Adam's first updates are the signs of gradients, and lead to where
+# rounding errors grow (docs/experiments/curves.md).
+WARMUP = 20
 LEAST_BATCH = 8  # sequences: fewer make a gradient of little but noise
 
 
@@ -80,7 +82,7 @@ def resolve(
         raise SpecError("--text is missing; give a text file to train on, as docs/examples/harbour.txt.")
     workload = Workload(
         chosen("batch", training_batch(layout)),
-        chosen("sequence", default_sequence(model)),
+        chosen("sequence", default_sequence(model, layout)),
         chosen("precision", "f32" if target == "cpu" else "bf16-f32"),
         chosen("optimizer", "adamw"),
         chosen("gradient_dtype", ""),
@@ -98,7 +100,7 @@ def resolve(
         precision=workload.precision,
         gradient_dtype=workload.gradient_dtype,
         optimizer=workload.optimizer,
-        learning_rate=chosen("learning_rate", LEARNING_RATE),
+        learning_rate=chosen("learning_rate", workload.keeps.rate),
         warmup=chosen("warmup", WARMUP),
         seed=chosen("seed", SEED),
     )
@@ -134,6 +136,12 @@ def training_batch(layout: Layout) -> int:
     """The default batch of a training run: at least 8 sequences, as many on each device and in each microbatch."""
     parts = default_batch(layout)
     return -(-LEAST_BATCH // parts) * parts
+
+
+def new_folder(name: str) -> Path:
+    """The first of runs/NAME-1, runs/NAME-2 and so on that is not there yet."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name) or "run"
+    return next(folder for index in itertools.count(1) if not (folder := Path("runs") / f"{stem}-{index}").exists())
 
 
 def open_folder(request: Request) -> None:

@@ -51,8 +51,8 @@ BAD = {
     "nothing reached": (["--mfu", "0"], "--mfu '0'"),
     "no peak": (["--mesh", "cpu:8"], "states no peak rate"),
     "no size": (["--mesh", "h100"], "has no size"),
-    "unknown remat": (["--remat", "some"], "--remat 'some' is neither none nor full"),
-    "too long": (["--seq", "8192"], "longer than the 4,096 tokens"),
+    "unknown remat": (["--remat", "some"], "--remat 'some' is none of none, selective, full"),
+    "too long": (["--seq", "99999999"], "longer than the 16,777,216 tokens"),
     "no length": (["--seq", "0"], "--seq '0'"),
 }
 

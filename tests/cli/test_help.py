@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-NAMES = ("check", "train", "inspect", "schedule", "days", "shapes", "models", "meshes")
+NAMES = ("check", "train", "inspect", "schedule", "time", "days", "shapes", "calibrate", "models", "meshes")
 COMMANDS = [["--help"], *([name, "--help"] for name in NAMES), ["--version"]]
 PROBE = """
 import sys

@@ -27,7 +27,7 @@ def pipeline(monkeypatch):
     module = ModuleType("jaxllm.check")
     module.answer, module.asked = AGREES, {}
 
-    def resolve(model, layout, mesh, batch, sequence, precision, optimizer, gradient_dtype, *, factor):
+    def resolve(model, layout, mesh, batch, sequence, precision, optimizer, gradient_dtype, *, target, factor):
         module.asked.update(batch=batch, sequence=sequence, precision=precision, optimizer=optimizer)
         sizes = [64 if size == "max" else size or 8 for size in (batch, sequence)]
         return Workload(*sizes, precision, optimizer, gradient_dtype)
@@ -123,6 +123,24 @@ def test_explain_follows_the_table_and_an_unknown_line_replaces_it(pipeline, cap
     assert main([*ARGUMENTS, "--explain", "all-gather"]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and "2 lines begin so" in shown.err
+
+
+@pytest.mark.parametrize("by", ["layer", "module"])
+def test_parts_follow_the_table_and_are_in_the_document(pipeline, capsys, by):
+    assert main([*ARGUMENTS, "--by", by]) == 0
+    text = capsys.readouterr().out
+    assert text.index("equal line by line") < text.index(f"By {by}, closed form") and "each of 32" in text
+    assert main([*ARGUMENTS, "--by", by, "--json"]) == 0
+    names = [part["name"] for part in json.loads(capsys.readouterr().out)["parts"]]
+    assert names == ["embedding", *(["block"] if by == "layer" else ["block.attention", "block.mlp"]), "head", "step"]
+    assert main([*ARGUMENTS, "--by", "layers"]) == 2
+    assert "did you mean 'layer'" in capsys.readouterr().err and pipeline.asked["model"] == "llama-2-7b"
+
+
+def test_the_default_sequence_is_one_that_the_layout_cuts(pipeline, capsys):
+    assert main(["check", "gpt2", "--mesh", "h100:3", "--layout", "tensor=3,sequence=true"]) == 0
+    assert main(["check", "gpt2", "--mesh", "h100:3", "--layout", "tensor=3,sequence=true", "--seq", "1024"]) == 2
+    assert "--seq 1023 would do" in capsys.readouterr().err
 
 
 def test_plot_is_written_and_told(pipeline, capsys, tmp_path):

@@ -40,7 +40,7 @@ def test_document(capsys):
 
 BAD = {
     "no sequences": (["--batch", "0"], "--batch '0'"),
-    "too long": (["--seq", "9999"], "longer than the 4,096 tokens"),
+    "too long": (["--seq", "99999999"], "longer than the 16,777,216 tokens"),
     "unknown dtype": (["--dtype", "f31"], "--dtype 'f31' is unknown"),
     "no tokens": (["--seq", "-1"], "--seq '-1'"),
 }

@@ -16,12 +16,13 @@ def test_the_keys_are_those_of_the_schema():
     data = document(FULL, SETUP)
     assert list(data) == [
         "schema", "versions", "model", "mesh", "layout", "workload", "target", "memory", "pipeline", "stages", "flops", "collectives",
-        "unexplained", "notes", "peak", "run", "seconds", "cached", "agrees",
+        "transfers", "unexplained", "notes", "peak", "run", "seconds", "cached", "agrees",
     ]  # fmt: skip
     assert data["schema"] == 1 and data["target"] == "gpu" and data["agrees"] is True
     assert data["model"]["name"] == "llama-2-7b" and data["model"]["parameters"] == 6_738_415_616
     assert data["layout"] == {
-        "pipe": 1, "replica": 1, "data": 4, "tensor": 2, "zero": 3, "remat": "full", "microbatches": 1, "schedule": "",
+        "pipe": 1, "replica": 1, "data": 4, "context": 1, "tensor": 2, "zero": 3, "remat": "full", "save": "", "offload": "none",
+        "sequence": False, "attention": "xla", "exchange": "ring", "microbatches": 1, "schedule": "",
         "virtual": 0, "partition": "even",
     }  # fmt: skip
     assert data["workload"]["batch"] == 8 and data["workload"]["sequence"] == 4096

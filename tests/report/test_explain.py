@@ -49,7 +49,7 @@ def test_formula_symbols_and_values():
     shown = words("parameters")
     assert "parameters equal" in shown
     assert "B=8, Psi=6738415616, L=32, D=4096, F=11008, N=32, K=32, H=128, V=32000" in shown
-    assert "r=1, n=4, t=2, z=3, m=1, b=2, T=4096, p=4, c=2, g=4, o=8" in shown
+    assert "r=1, n=4, t=2, z=3, m=1, b=2, T=4096, p=4, c=2, g=4, o=4" in shown
     assert "65,536,000 embed V D / (data tensor) x 4 bytes ZeRO, section 5" in shown
 
 
