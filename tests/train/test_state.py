@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -30,11 +31,17 @@ TEXT = Text("text", "bytes", "", 2000, TOKENS, 250)
 LAYOUTS = ("data=1", "data=4,tensor=2,zero=3", "replica=2,data=2,tensor=2,zero=1,microbatches=2", "tensor=4", "data=8,zero=2")
 RING = "pipe=2,data=2,tensor=2,zero=1,microbatches=4,schedule=interleaved,partition=time"
 V = "pipe=2,data=2,zero=3,microbatches=2,schedule=zb-v"
+PARTS = "data=2,context=2,zero=3,attention=blockwise"  # each device of a ring has two parts of a sequence
 
 
-def built_for(layout: str, precision: str = "f32"):
+# Large enough that Adafactor factors some of its weights.
+WIDE = replace(MODEL, d_model=128, d_ff=144, heads=8, head_dim=16)
+
+
+def built_for(layout: str, precision: str = "f32", optimizer: str = "adamw"):
     parsed = Layout.parse(layout)
-    return build(MODEL, parsed, Workload(16, SEQUENCE, precision), jax.devices()[: parsed.devices])
+    model = MODEL if optimizer == "adamw" else WIDE
+    return build(model, parsed, Workload(16, SEQUENCE, precision, optimizer), jax.devices()[: parsed.devices])
 
 
 def whole(tree, built):
@@ -53,29 +60,31 @@ def rows(batch) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.asarray(batch[name]).reshape(-1, SEQUENCE) for name in ("tokens", "targets"))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", (*LAYOUTS, PARTS))
 def test_a_batch_depends_on_seed_and_step_alone(layout) -> None:
-    like = built_for(layout).arguments[2]
-    tokens, targets = rows(training_batch(TEXT, like, 1, 5))
+    built = built_for(layout)
+    order = built.positions
+    assert (layout == PARTS) == (list(order) != list(range(SEQUENCE)))
+    tokens, targets = (part[:, np.argsort(order)] for part in rows(training_batch(TEXT, built, 1, 5)))
     starts = np.random.default_rng([1, 5]).integers(0, 1750 - SEQUENCE, 16)
     assert np.array_equal(tokens, TOKENS[starts[:, None] + np.arange(SEQUENCE)])
     assert np.array_equal(targets, TOKENS[starts[:, None] + np.arange(SEQUENCE) + 1])
     assert tokens.dtype == targets.dtype == np.int32
-    assert not np.array_equal(rows(training_batch(TEXT, like, 1, 6))[0], tokens)
-    assert not np.array_equal(rows(training_batch(TEXT, like, 2, 5))[0], tokens)
+    assert not np.array_equal(rows(training_batch(TEXT, built, 1, 6))[0], tokens)
+    assert not np.array_equal(rows(training_batch(TEXT, built, 2, 5))[0], tokens)
 
 
 def test_training_never_sees_what_is_held_out() -> None:
-    like = built_for("data=8,zero=2").arguments[2]
+    built = built_for("data=8,zero=2")
     marked = Text("text", "bytes", "", 2000, np.r_[np.zeros(1750, np.uint8), np.full(250, 9, np.uint8)], 250)
-    assert all(not np.any(np.asarray(training_batch(marked, like, 0, step)["targets"]) == 9) for step in range(200))
+    assert all(not np.any(np.asarray(training_batch(marked, built, 0, step)["targets"]) == 9) for step in range(200))
     # and the last token of the training part is a target at times
     edge = Text("text", "bytes", "", 2000, np.r_[np.zeros(1749, np.uint8), 9, np.zeros(250, np.uint8)], 250)
-    assert any(np.any(np.asarray(training_batch(edge, like, 0, step)["targets"]) == 9) for step in range(200))
+    assert any(np.any(np.asarray(training_batch(edge, built, 0, step)["targets"]) == 9) for step in range(200))
 
 
 def test_evaluation_goes_through_the_held_out_text_once() -> None:
-    batches = list(evaluation_batches(TEXT, built_for("data=4,tensor=2,zero=3").arguments[2]))
+    batches = list(evaluation_batches(TEXT, built_for("data=4,tensor=2,zero=3")))
     count = (250 - 1) // SEQUENCE
     assert sum(targets for targets, _ in batches) == count * SEQUENCE
     tokens, targets = (np.concatenate(part) for part in zip(*(rows(batch) for _, batch in batches), strict=True))
@@ -101,23 +110,27 @@ def test_parameters_are_the_same_on_every_layout(layout) -> None:
     )
 
 
-@pytest.mark.parametrize("layout", (*LAYOUTS[1:4], V))
+@pytest.mark.parametrize("layout", (*LAYOUTS[1:4], V, PARTS))
 def test_the_forward_pass_alone_gives_the_loss_of_the_reference(layout) -> None:
     built = built_for(layout)
-    parameters, batch = built.init_parameters(0), training_batch(TEXT, built.arguments[2], 0, 0)
+    parameters, batch = built.init_parameters(0), training_batch(TEXT, built, 0, 0)
     plain = built_for("data=1")
-    rows_ = dict(zip(("tokens", "targets"), rows(batch), strict=True))
+    natural_order = np.argsort(built.positions)
+    rows_ = {name: part[:, natural_order] for name, part in zip(("tokens", "targets"), rows(batch), strict=True)}
     expected = jax.jit(partial(reference.loss, MODEL))(plain.init_parameters(0), rows_)
     assert float(built.loss(parameters, batch)) == pytest.approx(float(expected), rel=1e-6)
     assert evaluate(built, parameters, TEXT) == pytest.approx(np.log(257), rel=0.02)  # before training: a guess
 
 
-@pytest.mark.parametrize(("saved", "loaded", "precision"), [
-    (LAYOUTS[1], LAYOUTS[2], "f32"), (LAYOUTS[2], "tensor=4", "bf16-master"), ("data=1", "data=8,zero=2", "bf16-f32"),
-    (RING, V, "f32"), (V, LAYOUTS[1], "bf16-master"), ("data=1", RING, "f32"),
+@pytest.mark.parametrize(("saved", "loaded", "precision", "optimizer"), [
+    (LAYOUTS[1], LAYOUTS[2], "f32", "adamw"), (LAYOUTS[2], "tensor=4", "bf16-master", "adamw"),
+    ("data=1", "data=8,zero=2", "bf16-f32", "adamw"), (RING, V, "f32", "adamw"), (V, LAYOUTS[1], "bf16-master", "adamw"),
+    ("data=1", RING, "f32", "adamw"), (RING, LAYOUTS[1], "bf16-master", "adafactor"), (LAYOUTS[2], V, "f32", "adafactor"),
+    (V, LAYOUTS[1], "f32", "muon"), ("tensor=4", RING, "f32", "sgd"),
+    (PARTS, LAYOUTS[2], "f32", "adamw"), ("data=4,zero=1", "data=2,tensor=2", "fp8", "adamw"),
 ])  # fmt: skip
-def test_a_checkpoint_is_taken_up_by_another_layout(tmp_path, saved, loaded, precision) -> None:
-    built = built_for(saved, precision)
+def test_a_checkpoint_is_taken_up_by_another_layout(tmp_path, saved, loaded, precision, optimizer) -> None:
+    built = built_for(saved, precision, optimizer)
     parameters = built.init_parameters(1)
     draw = np.random.default_rng(0)
     state = jax.tree.map(
@@ -127,7 +140,7 @@ def test_a_checkpoint_is_taken_up_by_another_layout(tmp_path, saved, loaded, pre
         checkpoint.save(manager, 1, built, parameters, state)
         checkpoint.finish(manager)
         assert manager.latest_step() == 1
-        other = built_for(loaded, precision)
+        other = built_for(loaded, precision, optimizer)
         back = checkpoint.restore(manager, 1, other)
     expected, found = whole((parameters, state), built), whole(back, other)
     assert found.keys() == expected.keys()

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jaxllm.cli import main
+from jaxllm.targets import compiler
 from jaxllm.train import loop, metrics
 from jaxllm.train.request import last_checkpoint
 
@@ -49,8 +54,34 @@ def new(config: str, out: Path, *more: str, **options) -> list[str]:
     return arguments(config, out, "--text", str(TEXT), "--seq", "16", "--lr", "0.01", "--warmup", "2", *more, **options)
 
 
+build, compile = loop.build, compiler.compile
+
+
+@cache
+def program(*nouns: Any, **options: Any) -> tuple[Any, Any]:
+    """A step and what the compiler makes of it."""
+    built = build(*nouns, **options)
+    return built, compile(built)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def a_program_is_compiled_once() -> Iterator[None]:
+    """For all runs of it in this process; those in processes of their own compile for themselves."""
+    known: dict[int, Any] = {}
+
+    def built(*nouns: Any, **options: Any) -> Any:
+        found, step = program(*nouns, **options)
+        known[id(found)] = step
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build", built)
+        patch.setattr(compiler, "compile", lambda built, say: known[id(built)])
+        yield
+
+
 @pytest.fixture(scope="module")
-def whole(config, tmp_path_factory) -> list[metrics.Step]:
+def whole(config, a_program_is_compiled_once, tmp_path_factory) -> list[metrics.Step]:
     """The steps of a run that nothing disturbs."""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert main(new(config, out)) == 0
@@ -82,6 +113,17 @@ def test_a_run_tells_what_it_did(config, whole, tmp_path, capsys) -> None:
         assert piece in " ".join(shown.out.split())
     assert "jaxllm: step 4 of 4: loss" in shown.err and "Traceback" not in shown.err
     assert checkpoints(out) == {"2", "4"} and (out / "run.json").exists()
+
+
+def test_another_optimizer_goes_on_as_if_nothing_had_been(config, tmp_path, capsys) -> None:
+    """Momentum, whose number of updates is not optax's: the rate follows it."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(new(config, one, "--optimizer", "momentum", steps=6, **ONE)) == 0
+    assert main(new(config, two, "--optimizer", "momentum", steps=4, **ONE)) == 0
+    assert main(arguments(config, two, "--resume", steps=6, **ONE)) == 0
+    assert "optimizer momentum" in capsys.readouterr().out
+    assert losses(two) == losses(one)
+    assert json.loads((two / "run.json").read_text())["optimizer"] == "momentum"
 
 
 def test_a_run_goes_on_with_the_same_losses_and_on_another_layout(config, whole, tmp_path, capsys) -> None:
@@ -222,3 +264,12 @@ def test_memory_that_runs_out_is_a_verdict(config, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(loop, "training_batch", exhausted)
     assert main(new(config, tmp_path / "run", **ONE)) == 4
     assert "small does not fit with data=1 on cpu:1" in capsys.readouterr().err
+
+
+def test_a_scaled_loss_that_overflows_costs_a_step_and_not_the_run(config, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("jaxllm.program.optimizer.SCALE", 2.0**27)
+    assert main(new(config, tmp_path / "run", "--precision", "f16-master", steps=16, **ONE)) == 0
+    steps = metrics.read(tmp_path / "run" / "metrics.csv")
+    finite = [math.isfinite(step.gradient_norm) for step in steps]
+    assert not finite[0] and any(finite)  # the factor starts too high, and is halved until it is not
+    assert steps[-1].loss < steps[0].loss
