@@ -33,14 +33,15 @@ demo: $(READY) ## Four checks: run on 8 emulated devices, then compiled for 8 H1
 
 test: $(READY) ## The floors and all tests
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/python -m pytest -q -n 2
+	$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 grid: $(READY) ## Every layout of a small model on every target, and real models; resumable; writes docs/grid.md
 	$(VENV)/bin/python -m tests.grid
 
-experiments: $(READY) ## Run every experiment that needs no device again, into docs/measurements; fifty minutes
-	@for name in zero_stages three_compilers llama_405b why_zero2 pipeline_schedules megatron_3d \
-	    stage_imbalance training_days curves crashes bench_step bench_pipeline bench_check bench_inspect; do \
+experiments: $(READY) ## Run every experiment that needs no device again, into docs/measurements; two hours
+	@for name in zero_stages zero_table three_compilers llama_405b why_zero2 activation_memory pipeline_schedules megatron_3d \
+	    stage_imbalance sequence_lengths layer_imbalance offload training_days fit_a100 step_time_accuracy plan_regret training_run \
+	    played optimizers curves crashes bench_step bench_pipeline bench_check bench_inspect bench_peak bench_plan; do \
 	  echo "== $$name" && $(VENV)/bin/python experiments/$$name.py --out docs/measurements || exit 1; done
 
 docs: $(READY) ## Run every command in README.md and docs/ again, and write what it prints

@@ -53,6 +53,7 @@ def checked(
     batch: int | None = None,
     sequence: int | None = None,
     precision: str = "bf16-f32",
+    optimizer: str = "adamw",
     target: str = "",
 ) -> Comparison:
     """`jaxllm check` from Python: a comparison of both ledgers. Raises what it raises."""
@@ -66,7 +67,9 @@ def checked(
 
     config = ModelConfig.load(model) if isinstance(model, str) else model
     split, machine = Layout.parse(layout), Machine.load(mesh)
-    workload = Workload(batch or default_batch(split), sequence or default_sequence(config), precision)
+    workload = Workload(
+        batch or default_batch(split), sequence or default_sequence(config, split), precision, optimizer
+    )
     start.prepare(target or machine.target, machine.devices)
     with start.quiet():
         return check(config, split, machine, workload, target=target)

@@ -58,16 +58,15 @@ def unsharded(steps: int) -> Iterator[float]:
 
     tokens = text.read_text(str(TEXT), None, model.vocab, workload.sequence)
     start = jax.tree.map(np.asarray, built.init_parameters(request.SEED))
-    zeros = jax.tree.map(np.zeros_like, start)
 
     def batches() -> Iterator[Any]:
         for step in range(steps):
-            batch = training_batch(tokens, built.arguments[2], request.SEED, step)
+            batch = training_batch(tokens, built, request.SEED, step)
             yield {name: np.asarray(value)[0] for name, value in batch.items()}  # one microbatch
 
-    peak, warmup = request.LEARNING_RATE, request.WARMUP
+    peak, warmup = workload.keeps.rate, request.WARMUP
     rates = (peak * min(step / warmup, (warmup / step) ** 0.5) for step in itertools.count(1))
-    for loss, _, _ in reference_steps(model, start, (zeros, zeros), batches(), learning_rates=rates):
+    for loss, *_ in reference_steps(model, start, batches(), learning_rates=rates):
         yield loss
 
 

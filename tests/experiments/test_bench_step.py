@@ -9,7 +9,7 @@ import pytest
 
 from experiments import bench_step, common
 from jaxllm.program.reference import loss_and_gradients
-from jaxllm.program.run import LEARNING_RATE, random_batch, random_moments, random_parameters
+from jaxllm.program.run import LEARNING_RATES, random_batch, random_parameters, random_slots
 from jaxllm.spec.layout import Layout
 from jaxllm.spec.workload import Workload
 
@@ -17,6 +17,7 @@ from jaxllm.spec.workload import Workload
 MODEL = replace(bench_step.MODEL, layers=2, d_model=16, d_ff=24, heads=4, kv_heads=2, head_dim=4, vocab=32)
 WORKLOAD = Workload(batch=8, sequence=8, precision="f32")
 TOLERANCE = 1e-5
+RATE = LEARNING_RATES["adamw"]
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +26,17 @@ def start():
     rng = np.random.default_rng(0)
     parameters = random_parameters(MODEL, rng)
     batch = random_batch(MODEL, WORKLOAD.batch, WORKLOAD.sequence, rng)
-    return parameters, batch, random_moments(loss_and_gradients(MODEL, parameters, batch)[1], rng)
+    gradients = loss_and_gradients(MODEL, parameters, batch)[1]
+    paths, tree = jax.tree_util.tree_flatten_with_path(gradients)
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+    shapes = {(slot, name): leaf.shape for slot in ("mu", "nu") for name, leaf in leaves.items()}
+    slots = random_slots("adamw", gradients, shapes, rng, "f32")
+    return parameters, batch, {slot: jax.tree.unflatten(tree, [slots[slot, name] for name in leaves]) for slot in ("mu", "nu")}
 
 
 def with_moments(runner, moments):
     parameters, state = runner.state
-    for name, moment in zip(("mu", "nu"), moments, strict=True):
+    for name, moment in moments.items():
         on_mesh = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), moment, optax.tree.get(state, name))
         state = optax.tree.set(state, **{name: on_mesh})
     runner.state = (parameters, state)
@@ -41,8 +47,8 @@ def with_moments(runner, moments):
 def test_the_plain_step_is_ours_in_loss_parameters_and_slices(text, start):
     parameters, batch, moments = start
     layout = Layout.parse(text)
-    ours = with_moments(bench_step.ours(MODEL, layout, WORKLOAD, parameters, batch, LEARNING_RATE), moments)
-    plain = with_moments(bench_step.plain(MODEL, layout, parameters, batch, LEARNING_RATE), moments)
+    ours = with_moments(bench_step.ours(MODEL, layout, WORKLOAD, parameters, batch, RATE), moments)
+    plain = with_moments(bench_step.plain(MODEL, layout, parameters, batch, RATE), moments)
 
     assert ours.take().loss == pytest.approx(plain.take().loss, rel=TOLERANCE)
     left, right = ours.state[0], plain.state[0]
