@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +19,11 @@ settings.register_profile("search", deadline=None, suppress_health_check=[Health
 settings.register_profile("fixed", settings.get_profile("search"), derandomize=True, database=None)
 settings.load_profile("fixed")
 
-from tests.grid import OLDER_EMITTERS, QUICK
+from tests.grid import EMITTERS, QUICK
 
-os.environ["JAXLLM_CACHE"] = ""  # every test compiles for itself
+# All tests share the kernels of XLA:GPU that one of them had written, and each compiles for itself.
+SHARED = Path(tempfile.gettempdir()) / f"jaxllm-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+os.environ["JAXLLM_CACHE"] = str(SHARED)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
 from jaxllm.targets import start
@@ -23,18 +31,60 @@ from jaxllm.targets import start
 for target in ("cpu", "gpu", "tpu"):
     start.prepare(target, 8)
 
+recall = importlib.import_module("jaxllm.check").recalled
+importlib.import_module("jaxllm.check").recalled = lambda lowered, measured: (
+    (measured(), False) if os.environ.get("JAXLLM_CACHE") == str(SHARED) else recall(lowered, measured)
+)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(SHARED, ignore_errors=True)
+
+
+MAPS = Path("/proc/self/maps")
+MANY_MAPS = 20_000  # of the 65,530 that Linux lets a process have by default
+
+# What jax traces makes many objects that stay. To look at all of them as often as Python does takes 7 % of the tests' time.
+gc.freeze()
+gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a module has compiled goes with it, from its own caches as well, but not from those that it shares."""
+    yield
+    for each in vars(request.module).values():
+        if hasattr(each, "cache_clear") and each.__module__ == request.module.__name__:
+            each.cache_clear()
+    _forget()
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs() -> None:
+    """A program that is loaded on XLA:CPU holds hundreds of mappings of memory: 1,200 with a run and its reference. Past the
+    last one that Linux gives a process, the next compilation aborts it."""
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        _forget()
+
+
+def _forget() -> None:
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
+
 
 @pytest.fixture
 def emitters_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
-    """XLA:CPU fuses for them in a user's process, and not quite alike for the older ones of this process: for tests of what
-    is fused, and of pages that show it."""
-    if OLDER_EMITTERS not in QUICK:
-        return
+    """A user's process has them, for which a compiler fuses and combines not quite alike as for those of this process: for
+    tests of what is fused, and of pages that show it."""
     import jax
 
     compile = jax.stages.Lowered.compile
+    theirs = {name: not value for name, value in EMITTERS.items()}
 
     def as_users_do(lowered: Any, compiler_options: dict[str, Any] | None = None) -> Any:
-        return compile(lowered, {"xla_cpu_use_fusion_emitters": True} | (compiler_options or {}))
+        return compile(lowered, theirs | (compiler_options or {}))
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", as_users_do)
