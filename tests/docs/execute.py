@@ -37,12 +37,14 @@ BLOCK = re.compile(f"{CONSOLE.pattern}|{PYTHON.pattern}", re.S)
 VOLATILE = (
     (r"; XLA:\w+ ([\d,]+) \(([\d.]+) \wB\); an estimate, off by \S+ %, \w+ the", 0.1),
     (r"capacity  ([\d.]+) \wB is ([\d.]+) %", 0.1),
+    (r"does not fit, ([\d.]+) \wB too much", 0.1),
     (r'"compiled": (\d+),\n    "capacity"', 0.1),
     (r"(?<=does not fit: the compiler says ).*", 0),
     (r"largest relative error \S+ in \S+ <= ", 0),
     (r"(?<=losses )([\d.]+), ([\d.]+), ([\d.]+)", 1e-3),
     (r"\nloss +([\d.]+) at step \d+, ([\d.]+) at step", 1e-3),
     (r"this machine has [\d.]+ \wB", None),
+    (r"(?<=layouts, memory and time, in )[\d.]+ \w?s", None),
     (r"\nheld out +([\d.]+) after", 1e-3),
     (r"\nseconds .*", 0),
     (r"\n    emitted .*", 0),
@@ -57,6 +59,11 @@ VOLATILE = (
     (r"(?<=not those expected:\n  all-gather/data: 1 times a step, 24 expected)\n.*", None),
     (r"the peak of jit_loss is .*(\n  \w.*: .*)*", None),
     (r"(?<=products, peak )[\d,]+ bytes:\n.*", None),
+    (r"\n\d+ +\d+ of \d+ +[\d.]+ \wB, ([\d.]+) \wB(?: \(\S+ %\))?", 0.2),
+    # a program that is played: what a version of XLA schedules and fuses
+    (r"played\son\sthe\ssame\smachine[^:]*:\s([\d.]+)\s\w?s,\s\S+\s%\sof\sthe\sclosed\sform's[^:]*:[^:]*of\sit\.", 0.1),
+    (r"\n(?:what else goes through memory|matmuls|optimizer|collectives over \S+) +[\d.]+ \w?s +([\d.]+) \w?s +[-+].*", 0.2),
+    (r"\n(?:what else goes through memory|collectives over \S+): [-+].*(\n  .*)*", None),
     (r"(?<=[a-z])\.\d+\b", None),  # of an instruction: while.110
     (r"(?<=\.py):\d+", None),  # of a source line
 )
