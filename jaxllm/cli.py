@@ -51,9 +51,19 @@ def run() -> None:
 
 def _interrupt(number: int, _: object) -> None:
     """Ends at once. An exception could be lost in a callback of JAX's, or wait until a compiler returns."""
-    for dump in glob.glob(os.path.join(tempfile.gettempdir(), f"{DUMP}{os.getpid()}-*")):
-        shutil.rmtree(dump, ignore_errors=True)
-    os._exit(_fail("interrupted" if number == signal.SIGINT else "terminated", 128 + number))
+    code = _fail("interrupted" if number == signal.SIGINT else "terminated", 128 + number)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a compiler complains of what is taken from under it
+    dumps = glob.glob(os.path.join(tempfile.gettempdir(), f"{DUMP}{os.getpid()}-*"))
+    for dump in dumps:
+        # A compiler that still writes would fill the folder again, or make it anew where there is none: but not over a file.
+        with contextlib.suppress(OSError):
+            os.rename(dump, f"{dump}.gone")
+            open(dump, "w").close()  # noqa: SIM115
+            shutil.rmtree(f"{dump}.gone", ignore_errors=True)
+    for dump in dumps:
+        with contextlib.suppress(OSError):
+            os.unlink(dump)
+    os._exit(code)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -309,6 +309,32 @@ def test_an_interrupt_ends_a_check_at_once_whatever_it_is_at(delay: float, numbe
         assert "Traceback" not in stderr and not list(tmp_path.glob("jaxllm-*"))
 
 
+WRITES_ON = """
+import itertools, os, signal, tempfile, threading, time
+from jaxllm import cli
+folder = tempfile.mkdtemp(prefix=f"{cli.DUMP}{os.getpid()}-")
+def write():
+    for number in itertools.count():
+        try:
+            open(os.path.join(folder, str(number)), "w").close()
+        except OSError:
+            pass
+threading.Thread(target=write, daemon=True).start()
+signal.signal(signal.SIGTERM, cli._interrupt)
+time.sleep(0.2)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_an_interrupt_leaves_no_dump_though_a_compiler_goes_on_to_write_it(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WRITES_ON], env=_environment(TMPDIR=str(tmp_path)), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "jaxllm: terminated\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_reader_that_leaves_is_no_difference() -> None:
     command = f"{sys.executable} -m jaxllm models | true; exit ${{PIPESTATUS[0]}}"
     table = subprocess.run(["bash", "-c", f"{sys.executable} -m jaxllm meshes h100 | head -1; exit ${{PIPESTATUS[0]}}"],
