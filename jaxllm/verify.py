@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any
@@ -24,8 +27,11 @@ def verify(plan: Plan, count: int, progress: Callable[[str], None] = lambda text
     first, in the order of the plan."""
     first = plan.best[:count]
     found: list[Verified] = []
-    with ThreadPoolExecutor(max(1, min(len(first), os.cpu_count() or 1))) as pool:
-        jobs = {pool.submit(_check, plan, scored, rank): rank for rank, scored in enumerate(first, start=1)}
+    with (
+        ThreadPoolExecutor(max(1, min(len(first), os.cpu_count() or 1))) as pool,
+        _ended_with_us(pool) as running,
+    ):
+        jobs = {pool.submit(_check, plan, scored, rank, running): rank for rank, scored in enumerate(first, start=1)}
         progress(f"compiling {len(first)}, {pool._max_workers} at a time")
         for job in as_completed(jobs):
             one = job.result()
@@ -40,16 +46,34 @@ def reordered(plan: Plan, found: Sequence[Verified]) -> Plan:
     return replace(plan, found=replace(plan.found, best=[*first, *plan.best[len(first) :]]))
 
 
-def _check(plan: Plan, scored: Scored, rank: int) -> Verified:
+@contextlib.contextmanager
+def _ended_with_us(pool: ThreadPoolExecutor) -> Iterator[list[subprocess.Popen[str]]]:
+    """Checks that are put on the list end when this process is interrupted or terminated, and no more begin."""
+    running: list[subprocess.Popen[str]] = []
+    ours = threading.current_thread() is threading.main_thread()  # no other may say what a signal does
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if ours else None
+    try:
+        yield running
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in running:
+            process.kill()
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _check(plan: Plan, scored: Scored, rank: int, running: list[subprocess.Popen[str]]) -> Verified:
     layout = f"{scored.layout}"
-    arguments = follow.check_arguments(plan, scored)
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxllm", "check", *arguments, "--json"], capture_output=True, text=True, check=False
-    )
-    if done.returncode not in (AGREES, DIFFERS, TOO_LARGE) or not done.stdout.strip():
-        said = [line for line in done.stderr.splitlines() if line.startswith("jaxllm: ")]
+    command = [sys.executable, "-m", "jaxllm", "check", *follow.check_arguments(plan, scored), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        running.append(process)
+        out, err = process.communicate()
+    if process.returncode not in (AGREES, DIFFERS, TOO_LARGE) or not out.strip():
+        said = [line for line in err.splitlines() if line.startswith("jaxllm: ")]
         return Verified(rank, layout, reason=f"it does not compile: {said[-1].removeprefix('jaxllm: ') if said else 'no word of why'}")
-    return read(json.loads(done.stdout), rank, layout)
+    return read(json.loads(out), rank, layout)
 
 
 def read(document: dict[str, Any], rank: int, layout: str) -> Verified:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 
@@ -52,12 +56,15 @@ def test_what_compiles_to_something_else_moves_down(monkeypatch):
         f"{found.best[2].layout}": (0, json.dumps(checked()), ""),
     }
 
+    real = subprocess.Popen
+
     def answer(command, **options):
         code, out, err = answers[command[command.index("--layout") + 1]]
         assert command[1:4] == ["-m", "jaxllm", "check"] and command[-1] == "--json"
-        return subprocess.CompletedProcess(command, code, out, err)
+        said = f"import sys; sys.stdout.write({out!r}); sys.stderr.write({err!r}); sys.exit({code})"
+        return real([sys.executable, "-c", said], **options)
 
-    monkeypatch.setattr(verify.subprocess, "run", answer)
+    monkeypatch.setattr(verify.subprocess, "Popen", answer)
     said: list[str] = []
     order = verify.verify(found, 3, said.append)
     assert [one.rank for one in order] == [3, 1, 2]
@@ -75,3 +82,34 @@ def test_the_first_layouts_compile_to_what_was_planned(capsys):
     ])  # fmt: skip
     (one,) = json.loads(capsys.readouterr().out)["verified"]
     assert code == 0 and one["reason"] == "" and one["lines"] == one["equal"] > 10 and one["wire"] == one["compiled_wire"] > 0
+
+
+def test_checks_end_with_a_plan_that_is_terminated():
+    arguments = ["plan", "llama-tiny", "--mesh", "h100:2", "--batch", "8", "--verify", "2"]
+    one = subprocess.Popen([sys.executable, "-m", "jaxllm", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    children = _wait(lambda: _children(one.pid))
+    os.kill(one.pid, signal.SIGTERM)
+    one.communicate()
+    assert one.returncode == 128 + signal.SIGTERM
+    _wait(lambda: not any(_runs(child) for child in children))
+
+
+def _wait(found, seconds=60):
+    until = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.05)
+    return value
+
+
+def _children(process: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", f"{process}"], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
