@@ -313,6 +313,9 @@ def plan(
     ] = None,
     precision: Annotated[str, typer.Option(metavar="P", help=f"One of {', '.join(PRECISIONS)}.")] = "bf16-f32",
     optimizer: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(OPTIMIZERS)}.")] = "adamw",
+    gradient_dtype: Annotated[
+        str | None, typer.Option(metavar="f32|bf16", help="Gradients are reduced in it. Default: the precision's.")
+    ] = None,
     fix: Annotated[
         str | None, typer.Option(metavar="CONDITIONS", help="What a layout must have, as tensor=4,zero=1|3,pipe<=8.")
     ] = None,
@@ -328,8 +331,9 @@ def plan(
 ) -> Work:
     """Find the best layouts of a model on a mesh: every one scored, memory and time, and why the others are out."""
     return _work(
-        "jaxllm.commands.plan", model, mesh, batch=batch, seq=seq, precision=precision, optimizer=optimizer, fix=fix,
-        objective=objective, price=price, top=top, why=why, verify=verify, as_json=as_json, plot=plot,
+        "jaxllm.commands.plan", model, mesh, batch=batch, seq=seq, precision=precision, optimizer=optimizer,
+        gradient_dtype=gradient_dtype, fix=fix, objective=objective, price=price, top=top, why=why, verify=verify,
+        as_json=as_json, plot=plot,
     )  # fmt: skip
 
 
@@ -346,6 +350,9 @@ def time(
     ] = None,
     precision: Annotated[str, typer.Option(metavar="P", help=f"One of {', '.join(PRECISIONS)}.")] = "bf16-f32",
     optimizer: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(OPTIMIZERS)}.")] = "adamw",
+    gradient_dtype: Annotated[
+        str | None, typer.Option(metavar="f32|bf16", help="Gradients are reduced in it. Default: the precision's.")
+    ] = None,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Compile the step, play the program on the machine, and say where it differs.")
     ] = False,
@@ -357,7 +364,7 @@ def time(
     """How long one training step takes, where the time goes, and how sure that is."""
     return _work(
         "jaxllm.commands.time", model, mesh, layout, batch=batch, seq=seq, precision=precision, optimizer=optimizer,
-        compiled=compiled, trace=trace, as_json=as_json,
+        gradient_dtype=gradient_dtype, compiled=compiled, trace=trace, as_json=as_json,
     )  # fmt: skip
 
 

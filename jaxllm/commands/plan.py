@@ -20,6 +20,7 @@ def run(
     seq: str | None,
     precision: str,
     optimizer: str,
+    gradient_dtype: str | None,
     fix: str | None,
     objective: str,
     price: str | None,
@@ -42,7 +43,9 @@ def run(
     from jaxllm.spec.workload import Workload
 
     model, mesh = ModelConfig.load(model_text), Machine.load(mesh_text)
-    workload = Workload(count("--batch", batch, None), count("--seq", seq, default_sequence(model)), precision, optimizer)
+    workload = Workload(
+        count("--batch", batch, None), count("--seq", seq, default_sequence(model)), precision, optimizer, gradient_dtype or ""
+    )
     demanded = () if fix is None else conditions.parse(fix)
     layout = None if why is None else Layout.parse(why)
     compiled = 0 if verify is None else count("--verify", verify, 0)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def run(
     model_text: str, mesh_text: str, layout_text: str, *, batch: str | None, seq: str | None, precision: str, optimizer: str,
-    compiled: bool, trace: str | None, as_json: bool,
+    gradient_dtype: str | None, compiled: bool, trace: str | None, as_json: bool,
 ) -> int:  # fmt: skip
     from jaxllm.report.files import output_path
     from jaxllm.report.time import Timed, document, print_time
@@ -32,7 +32,7 @@ def run(
     model, mesh, layout = ModelConfig.load(model_text), Machine.load(mesh_text), Layout.parse(layout_text)
     sequences, tokens = count("--batch", batch, default_batch(layout)), count("--seq", seq, default_sequence(model, layout))
     timetable = None if trace is None else output_path("--trace", trace, (".json",), "a trace")
-    workload = Workload(sequences, tokens, precision, optimizer)
+    workload = Workload(sequences, tokens, precision, optimizer, gradient_dtype or "")
     time = step_time(model, layout, mesh, workload)
     timed = Timed(model, layout, mesh, workload, time, predict(model, layout, workload, target=mesh.target).peak)
     played = _play(timed) if compiled else None

@@ -26,6 +26,7 @@ def document(plan: Plan, *, would_fit: tuple[str, ...] = (), costs: Sequence[Cos
         "batch": work.batch,
         "sequence": work.sequence,
         "precision": work.precision,
+        "gradient_dtype": work.dtypes.gradients,
         "optimizer": work.optimizer,
         "conditions": [str(condition) for condition in plan.space.conditions],
         "objective": plan.objective,

@@ -30,6 +30,7 @@ def check_arguments(plan: Plan, scored: Scored) -> list[str]:
     return [
         plan.name, "--mesh", plan.mesh.text, "--layout", f"{scored.layout}", "--batch", f"{work.batch}", "--seq", f"{work.sequence}",
         "--precision", work.precision, "--optimizer", work.optimizer,
+        *(("--gradient-dtype", work.gradient_dtype) if work.gradient_dtype else ()),
     ]  # fmt: skip
 
 
@@ -37,6 +38,7 @@ def commands(plan: Plan, scored: Scored) -> dict[str, str]:
     """What checks a layout with the compiler, what trains with it where the devices are, and the same in Python."""
     work, layout = plan.workload, f"{scored.layout}"
     asked = shlex.join(check_arguments(plan, scored))
+    reduced = f", {work.gradient_dtype!r}" if work.gradient_dtype else ""
     return {
         "check": f"jaxllm check {asked}",
         "train": f"jaxllm train {asked} --text FILE",
@@ -46,7 +48,7 @@ def commands(plan: Plan, scored: Scored) -> dict[str, str]:
                 "",
                 f"model, mesh = ModelConfig.load({plan.name!r}), Machine.load({plan.mesh.text!r})",
                 f"layout = Layout.parse({layout!r})",
-                f"workload = Workload({work.batch}, {work.sequence}, {work.precision!r}, {work.optimizer!r})",
+                f"workload = Workload({work.batch}, {work.sequence}, {work.precision!r}, {work.optimizer!r}{reduced})",
                 "print(predict(model, layout, workload, target=mesh.target).peak, step_time(model, layout, mesh, workload).seconds)",
             )
         ),

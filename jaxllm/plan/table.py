@@ -84,7 +84,7 @@ def _header(plan: Plan) -> list[tuple[str, str]]:
     fields = [
         ("model", f"{model.name}, {model.parameters:,} parameters"),
         ("mesh", f"{plan.mesh}, {plan.mesh.devices:,} device{'s' * (plan.mesh.devices > 1)} of {human(plan.rates.peak, 'FLOP/s')}"),
-        ("workload", f"batch {work.batch:,}, sequence {work.sequence:,}, {work.precision}, optimizer {work.optimizer}"),
+        ("workload", work.words),
     ]
     if plan.space.conditions:
         fields.append(("demanded", ", ".join(map(str, plan.space.conditions))))

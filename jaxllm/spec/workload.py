@@ -88,6 +88,12 @@ class Workload:
         return replace(base, gradients=self.gradient_dtype or base.gradients)
 
     @property
+    def words(self) -> str:
+        """What is asked for, for a person to read."""
+        reduced = f", gradients in {self.gradient_dtype}" if self.gradient_dtype else ""
+        return f"batch {self.batch:,}, sequence {self.sequence:,}, {self.precision}{reduced}, optimizer {self.optimizer}"
+
+    @property
     def keeps(self) -> Optimizer:
         """What the optimizer keeps."""
         return OPTIMIZERS[self.optimizer]
