@@ -133,7 +133,7 @@ def settled(model) -> int:
     would round it to the other one."""
     dtypes = ("float32",) * (11 if model.tied else 12)
     for seed in range(200):
-        known = _reference(model, 8, 8, dtypes, "adamw", LEARNING_RATES["adamw"], 3, seed, True)
+        known = _reference(model, 8, 8, dtypes, "adamw", LEARNING_RATES["adamw"], 3, seed, True, "float32")
         rng = np.random.default_rng(seed)
         if all(_unmoved(model, known, rng) for _ in range(3)):
             return seed
@@ -251,7 +251,7 @@ def test_what_is_beyond_the_largest_number_becomes_it():
 
 
 def test_the_reference_without_amaxes_rounds_nothing():
-    known = _reference(MODEL, 8, 8, ("float32",) * 12, "adamw", 0.05, 1, 0, True)
+    known = _reference(MODEL, 8, 8, ("float32",) * 12, "adamw", 0.05, 1, 0, True, "float32")
     plain, _, _ = in_8_bits(MODEL, known.start, known.batches[0], None)
     rounded, _, found = in_8_bits(MODEL, known.start, known.batches[0], known.amaxes)
     assert 1e-5 < abs(plain - rounded) / plain < 0.1
