@@ -25,6 +25,9 @@ from tests.grid import EMITTERS, QUICK
 SHARED = Path(tempfile.gettempdir()) / f"jaxllm-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
 os.environ["JAXLLM_CACHE"] = str(SHARED)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+# A third less of XLA:TPU's time, which goes into a faster program of the same lines; XLA:CPU and XLA:GPU make the same program.
+EFFORT = "jax_exec_time_optimization_effort"
+os.environ[EFFORT.upper()] = "-1"
 
 from jaxllm.targets import start
 
@@ -76,9 +79,9 @@ def _forget() -> None:
 
 
 @pytest.fixture
-def emitters_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's process has them, for which a compiler fuses and combines not quite alike as for those of this process: for
-    tests of what is fused, and of pages that show it."""
+def compilers_of_users(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With the emitters and the effort of a user's process a compiler fuses and combines not quite as with those of this one:
+    for tests of what is fused, and of pages that show it."""
     import jax
 
     compile = jax.stages.Lowered.compile
@@ -88,3 +91,7 @@ def emitters_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
         return compile(lowered, theirs | (compiler_options or {}))
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", as_users_do)
+    mine = getattr(jax.config, EFFORT)
+    jax.config.update(EFFORT, 0.0)
+    yield
+    jax.config.update(EFFORT, mine)

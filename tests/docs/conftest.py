@@ -6,5 +6,5 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def as_users_have_it(emitters_of_today: None) -> None:
+def as_users_have_it(compilers_of_users: None) -> None:
     pass
