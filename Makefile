@@ -41,7 +41,7 @@ grid: $(READY) ## Every layout of a small model on every target, and real models
 experiments: $(READY) ## Run every experiment that needs no device again, into docs/measurements; two hours
 	@for name in zero_stages zero_table three_compilers llama_405b why_zero2 activation_memory pipeline_schedules megatron_3d \
 	    stage_imbalance sequence_lengths layer_imbalance offload training_days fit_a100 step_time_accuracy plan_regret training_run \
-	    played optimizers curves crashes bench_step bench_pipeline bench_check bench_inspect bench_peak bench_plan; do \
+	    played calibrated_step optimizers curves crashes bench_step bench_pipeline bench_check bench_inspect bench_peak bench_plan; do \
 	  echo "== $$name" && $(VENV)/bin/python experiments/$$name.py --out docs/measurements || exit 1; done
 
 docs: $(READY) ## Run every command in README.md and docs/ again, and write what it prints

@@ -29,7 +29,7 @@ _UNITS: dict[str, dict[str, float]] = {
 class _Kind:
     """What a figure measures, for which targets a file must speak of it, and where it may say `absent`."""
 
-    measure: str  # a key of _UNITS, or "count", "share", "shape", "shapes"
+    measure: str  # a key of _UNITS, or "count", "share", "shapes", "curve"
     needed: tuple[str, ...] = ()
     may_be_absent: tuple[str, ...] = TARGETS
     targets: tuple[str, ...] = TARGETS
@@ -63,6 +63,8 @@ FIGURES = {
     "efficiency.memory": _Kind("share"),
     "efficiency.inside_node": _Kind("share"),
     "efficiency.between_nodes": _Kind("share"),
+    # Shares of the peak by shape, where they were measured: what the rule of tiles has of a product is brought to them.
+    "curve.matmul": _Kind("curve"),
     "latency.collective": _Kind("seconds"),
     "latency.hop": _Kind("seconds"),
     "latency.far_hop": _Kind("seconds"),
@@ -101,8 +103,19 @@ _COMPILER: dict[str, dict[str, type]] = {
     "tpu": {"topology": str, "chips_per_host_bounds": list},
 }
 
+CURVE_DTYPES = ("bf16", "f32")
+
 # Where [compiler] may be absent: a tpu mesh is named by it, and cpu needs none.
 _PREDICT_ONLY = ("gpu",)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Shares of the peak of a dtype that products reach: of rows, inner dim and columns of these sizes, innermost last."""
+
+    dtype: str
+    sizes: tuple[int, ...]
+    shares: tuple[tuple[tuple[float, ...], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -110,7 +123,7 @@ class Figure:
     """One figure of a machine, in bytes, bytes/s, FLOP/s or a plain number, with the public source it is from."""
 
     name: str  # "memory.total"
-    value: Any  # int, float, or a tuple of shapes
+    value: Any  # int, float, a tuple of shapes, or a Curve
     given: str  # as the file states it: "79.11 GiB"
     source: str
     kind: str = ""  # of a link: "NVLink 4"
@@ -193,6 +206,7 @@ def _read_figure(where: str, name: str, kind: _Kind, entry: Any) -> Figure:
         raise SpecError(f"{where} is not a figure with its source; write {_example(name, kind)}.")
     units = _UNITS.get(kind.measure)
     allowed = ["value", "source"] + (["unit"] if units else []) + (["kind"] if name.startswith("links.") else [])
+    allowed += ["dtype", "sizes"] if kind.measure == "curve" else []
     for key in entry:
         if key not in allowed:
             raise SpecError(f"{where}: unknown key {key!r}; {nearest(key, allowed)}")
@@ -207,6 +221,11 @@ def _read_figure(where: str, name: str, kind: _Kind, entry: Any) -> Figure:
     if kind.measure == "shapes":
         shapes = _read_shapes(where, value)
         return Figure(name, shapes, ", ".join(value), source)
+    if kind.measure == "curve":
+        curve = _read_curve(where, entry)
+        flat = [share for plane in curve.shares for row in plane for share in row]
+        given = f"{min(flat):.2g} to {max(flat):.2g} of the peak of {curve.dtype}, {len(flat)} shapes of {curve.sizes[0]:,} to {curve.sizes[-1]:,} a side"
+        return Figure(name, curve, given, source)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1e30:
         raise SpecError(f"{where}: value={value!r} is not a positive number of reasonable size.")
     if value == 0 and name != "memory.reserve":
@@ -236,6 +255,25 @@ def _read_shapes(where: str, value: Any) -> tuple[tuple[int, ...], ...]:
     if len({len(shape) for shape in shapes}) > 1:
         raise SpecError(f"{where}: the shapes have two axes and three axes; a torus has one number of axes.")
     return tuple(shapes)
+
+
+def _read_curve(where: str, entry: dict[str, Any]) -> Curve:
+    dtype, sizes, value = entry.get("dtype"), entry.get("sizes"), entry["value"]
+    if dtype not in CURVE_DTYPES:
+        raise SpecError(f"{where}: dtype={dtype!r} is unknown; choose {' or '.join(CURVE_DTYPES)}.")
+    whole = isinstance(sizes, list) and len(sizes) > 1 and all(type(size) is int and 0 < size <= 10**6 for size in sizes)
+    if not whole or sizes != sorted(set(sizes)):
+        raise SpecError(f"{where}: sizes={sizes!r} are not two or more whole numbers up to 1,000,000, each above the one before.")
+    count = len(sizes)
+
+    def cube(values: Any, depth: int) -> bool:
+        if depth == 0:
+            return type(values) in (int, float) and 0 < values <= 1
+        return isinstance(values, list) and len(values) == count and all(cube(each, depth - 1) for each in values)
+
+    if not cube(value, 3):
+        raise SpecError(f"{where}: value is not {count} x {count} x {count} shares above 0 and up to 1, by rows, inner dim and columns.")
+    return Curve(dtype, tuple(sizes), tuple(tuple(tuple(map(float, row)) for row in plane) for plane in value))
 
 
 def _read_absent(where: str, target: str, absent: Any, given: set[str]) -> dict[str, str]:
@@ -275,6 +313,8 @@ def _check_memory(where: str, figures: dict[str, Figure]) -> None:
 def _check_measured(where: str, figures: dict[str, Figure]) -> None:
     wanted = [name for name in FIGURES if name.partition(".")[0] in MEASURED]
     lacking = [name for name in wanted if name not in figures]
+    if "curve.matmul" in figures and len(lacking) == len(wanted):
+        raise SpecError(f"{where}: curve.matmul comes with {', '.join(MEASURED)}, and none of them is given; write them, or remove it.")
     if lacking and len(lacking) < len(wanted):
         verb = "are" if len(lacking) > 1 else "is"
         raise SpecError(f"{where}: {', '.join(lacking)} {verb} missing beside what was measured; give all of it or none.")

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jaxllm.spec.errors import SpecError, nearest
-from jaxllm.spec.figures import FIGURES, SHAPE, Figure, read
+from jaxllm.spec.figures import FIGURES, SHAPE, Curve, Figure, read
 
 
 # The peaks at which products of a dtype may run. Where none of these is stated, bf16's bounds them.
@@ -160,7 +160,7 @@ class Machine:
             "target": self.target,
             "capacity": self.capacity,
             "figures": {
-                name: {"value": figure.value, "given": figure.given, "source": figure.source}
+                name: {"value": _plain(figure.value), "given": figure.given, "source": figure.source}
                 | ({"kind": figure.kind} if figure.kind else {})
                 for name, figure in self.figures.items()
             },
@@ -372,6 +372,11 @@ def folder() -> Path:
         if found.is_dir():
             return found
     raise SpecError("machine: the files of meshes/ are not part of this installation; install jaxllm again.")
+
+
+def _plain(value: Any) -> Any:
+    """A figure's value as JSON takes it."""
+    return asdict(value) if isinstance(value, Curve) else value
 
 
 def _bytes_text(count: int | None) -> str:

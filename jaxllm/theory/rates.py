@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.spec.errors import SpecError
+from jaxllm.spec.figures import Curve
 from jaxllm.spec.layout import AXES
 from jaxllm.spec.machine import Machine, Mesh
 from jaxllm.spec.workload import Workload
@@ -51,6 +52,7 @@ class Rates:
     least, tensor     half the interval's width, as a share: at least, and for each share of the step that waits for
                       collectives over tensor or for the host
     measured          whether all of that was measured on this machine
+    curve             shares that products reached, by their shape; None where nobody measured them
     """
 
     peak: float
@@ -78,6 +80,7 @@ class Rates:
     least: float
     tensor: float
     measured: bool
+    curve: Curve | None = None
 
     @classmethod
     def of(cls, mesh: Mesh, workload: Workload) -> Rates:
@@ -126,6 +129,7 @@ class Rates:
             least=width * known.value("interval.least"),
             tensor=width * known.value("interval.tensor"),
             measured=own,
+            curve=machine.value("curve.matmul"),
         )
 
     def seconds(self, s: Symbols, kind: str, axes: tuple[str, ...], wire: Any, launches: Any) -> Any:
