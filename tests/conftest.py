@@ -26,8 +26,8 @@ SHARED = Path(tempfile.gettempdir()) / f"jaxllm-tests-{os.environ.get('PYTEST_XD
 os.environ["JAXLLM_CACHE"] = str(SHARED)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 # A third less of XLA:TPU's time, which goes into a faster program of the same lines; XLA:CPU and XLA:GPU make the same program.
-EFFORT = "jax_exec_time_optimization_effort"
-os.environ[EFFORT.upper()] = "-1"
+LEVEL = "jax_optimization_level"
+os.environ[LEVEL.upper()] = "O0"
 
 from jaxllm.targets import start
 
@@ -80,7 +80,7 @@ def _forget() -> None:
 
 @pytest.fixture
 def compilers_of_users(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """With the emitters and the effort of a user's process a compiler fuses and combines not quite as with those of this one:
+    """With the emitters and the level of optimization of a user's process a compiler fuses and combines not quite as with those of this one:
     for tests of what is fused, and of pages that show it."""
     import jax
 
@@ -91,7 +91,7 @@ def compilers_of_users(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return compile(lowered, theirs | (compiler_options or {}))
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", as_users_do)
-    mine = getattr(jax.config, EFFORT)
-    jax.config.update(EFFORT, 0.0)
+    mine = getattr(jax.config, LEVEL)
+    jax.config.update(LEVEL, "UNKNOWN")  # the compiler's own
     yield
-    jax.config.update(EFFORT, mine)
+    jax.config.update(LEVEL, mine)
