@@ -80,8 +80,8 @@ def _forget() -> None:
 
 @pytest.fixture
 def compilers_of_users(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """With the emitters and the level of optimization of a user's process a compiler fuses and combines not quite as with those of this one:
-    for tests of what is fused, and of pages that show it."""
+    """With a user's emitters and level of optimization a compiler fuses and combines not quite as with those of this process: for
+    tests of what is fused, and of pages that show it."""
     import jax
 
     compile = jax.stages.Lowered.compile
