@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.spec.errors import SpecError
-from jaxllm.spec.figures import MEASURED, Curve
+from jaxllm.spec.figures import MEASURED, WIDEST, Curve
 from jaxllm.spec.layout import Layout
 from jaxllm.spec.machine import Machine, folder
 from jaxllm.spec.model import ModelConfig
@@ -222,7 +222,7 @@ class Figures:
     inside: float
     kernel: float
     curve: Curve
-    off: float  # a share that four of five products between those of the curve, and four of five steps, are not further off by
+    off: float  # what four of five products between those of the curve, and four of five steps, are off by, as a logarithm
 
 
 def fit(found: Found, machine: Machine | None) -> Figures:
@@ -295,10 +295,6 @@ def machine_file(found: Found, name: str | None) -> str:
     Raises SpecError for a TPU that is not known, whose torus no measurement tells.
     """
     machine = Machine.read(name) if name else None
-    if machine is not None and machine.target != _TARGETS.get(found.platform, "gpu"):
-        raise SpecError(
-            f"calibrate: {name} is a {machine.target}, and {found.kind} is here; leave --machine out, or name what is here."
-        )
     if machine is None and found.platform == "tpu":
         raise SpecError(
             f"calibrate: {found.kind!r} is no TPU that is known, and a file needs its torus; give one with --machine."
@@ -319,16 +315,25 @@ def _known(name: str) -> str:
     """The text of a machine's file without what was measured of it, and what is said above each table of that."""
     path = folder() / f"{name}.toml" if name in Machine.names() else Path(name)
     kept: list[str] = []
+    said: list[str] = []  # above the next table
     measured = False
     for line in path.read_text(encoding="utf-8").splitlines():
-        if head := re.match(r"\[([a-z]+)[\].]", line):
+        if head := re.match(r"\[\s*([a-z]+)\s*[\].]", line):
             measured = head[1] in (*MEASURED, "curve")
-            while measured and kept and kept[-1].startswith("#"):
-                kept.pop()
-        measured = measured and not line.startswith("#")
-        if not measured:
-            kept.append(line)
+        elif line.startswith("#") or not line.strip():
+            said.append(line)
+            continue
+        kept += [] if measured else [*said, line]
+        said = []
     return "\n".join(kept)
+
+
+def check(name: str, platform: str) -> None:
+    """Raises SpecError where a machine cannot be what is here, or its file cannot be written anew: before a minute is spent."""
+    machine = Machine.read(name)
+    if machine.target != _TARGETS.get(platform, "gpu"):
+        raise SpecError(f"calibrate: {name} is a {machine.target}, and the devices here are {platform}; leave --machine out, or name what is here.")
+    read_back(_known(name))
 
 
 def _new(found: Found) -> str:
@@ -360,12 +365,13 @@ def _measured(found: Found, figures: Figures) -> str:
     here, known = _source(found), Machine.read(REFERENCE)
     one = f"as {REFERENCE}: one node does not tell"
     alone = f"as {REFERENCE}: one device does not tell"
+    steps = f"fitted by jaxllm calibrate on {len(found.steps)} steps of small models on one {found.kind}"
     program = "a compiled program launches its kernels itself"
     # A ring of n takes 2 (n - 1) hops: launch and hops share out evenly what the smallest all-reduce takes.
     hop = found.collective / (2 * found.devices - 1) if found.collective else None
     tables = {
         "efficiency": (
-            _figure("matmul", figures.matmul, "", here), _figure("memory", figures.memory, "", here),
+            _figure("matmul", figures.matmul, "", here), _figure("memory", figures.memory, "", steps),
             _figure("inside_node", figures.inside, "", here) if found.sent else
             _figure("inside_node", known.value("efficiency.inside_node"), "", alone),
             _figure("between_nodes", known.value("efficiency.between_nodes"), "", one),
@@ -379,7 +385,7 @@ def _measured(found: Found, figures: Figures) -> str:
             _figure("step", found.step * 1e6, "us", here),
         ),
         "interval": (
-            _figure("least", max(known.value("interval.least"), min(1.0, figures.off)), "", f"{here}, or as {REFERENCE}"),
+            _figure("least", max(known.value("interval.least"), min(WIDEST, figures.off)), "", f"{here}, or as {REFERENCE}"),
             _figure("tensor", known.value("interval.tensor"), "", f"as {REFERENCE}"),
         ),
     }  # fmt: skip

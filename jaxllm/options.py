@@ -10,13 +10,16 @@ from typing import Any
 from jaxllm.spec.errors import SpecError
 
 
+MOST = 10**9
+
+
 def count(option: str, text: str | None, default: Any, *, least: int = 1, word: str = "") -> Any:
     """A whole number from `least` on, the word where there is one, or the default when left out. Raises SpecError."""
     if text is None:
         return default
     if word and text == word:
         return word
-    if not (text.isascii() and text.isdecimal()) or len(text) > 9 or int(text) < least:
+    if not (text.isascii() and text.isdecimal()) or not least <= int(text[:20]) <= MOST:
         kind = f"neither a whole number from {least} to 10^9 nor {word}" if word else f"no whole number from {least} to 10^9"
         raise SpecError(f"{option} {text!r} is {kind}; write it like {option} 8.")
     return int(text)

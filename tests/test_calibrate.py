@@ -58,7 +58,12 @@ def test_products_that_were_measured_take_what_they_took(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(calibrate.machine_file(found, "h100"))
     rates = Rates.of(Machine.load(f"{path}:1"), Workload(1, 1, "bf16-f32"))
-    plain = replace(rates, curve=None, memory=math.inf)
+    slow = replace(rates, memory=1e9)  # within the measured shapes that is in what they took, beyond them not
+    for shape, seconds in found.products.items():
+        assert float(product(slow, *shape, 2)) == pytest.approx(seconds, rel=2e-3)
+    assert float(product(slow, 1, 8192, 8192, 2)) >= 2 * (8192 + 8192 * 8192 + 8192) / slow.memory
+    rates = replace(rates, memory=math.inf)
+    plain = replace(rates, curve=None)
     for shape, seconds in found.products.items():
         assert float(product(rates, *shape, 2)) == pytest.approx(seconds, rel=2e-3)  # of four digits
     beside = lambda *shape: float((product(rates, *shape, 2) - rates.kernel) / (product(plain, *shape, 2) - rates.kernel))  # noqa: E731
@@ -160,8 +165,26 @@ def test_a_curve_comes_with_what_else_was_measured():
 def test_what_cannot_be_is_refused():
     with pytest.raises(SpecError, match="is no TPU that is known"):
         calibrate.machine_file(measured(platform="tpu", kind="TPU v9"), None)
-    with pytest.raises(SpecError, match="v5e is a tpu, and NVIDIA H100 is here"):
-        calibrate.machine_file(measured(), "v5e")
+    with pytest.raises(SpecError, match="v5e is a tpu, and the devices here are gpu; leave --machine out"):
+        calibrate.check("v5e", "gpu")
+    calibrate.check("v5e", "tpu")
+
+
+def test_what_was_measured_before_goes_and_all_else_of_a_file_stays(tmp_path):
+    known = calibrate.read_back(calibrate.machine_file(measured(), "h100"))
+    path = tmp_path / "odd.toml"
+    text = calibrate.machine_file(measured(), "h100")
+    path.write_text(text.replace("[efficiency]\n", "[ efficiency ]\n# of a day\n").replace("[interval]\n", "# how sure\n\n[interval] # all\n") + "# the end\n")
+    calibrate.check(str(path), "cuda")
+    again = calibrate.read_back(calibrate.machine_file(measured(), str(path)))
+    assert again.figures == known.figures and again.compiler == known.compiler and again.absent == known.absent
+
+
+def test_a_curve_of_another_dtype_is_not_taken(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(calibrate.machine_file(measured(), "h100"))
+    assert Rates.of(Machine.load(f"{path}:1"), Workload(1, 1, "bf16-f32")).curve is not None
+    assert Rates.of(Machine.load(f"{path}:1"), Workload(1, 1, "f32")).curve is None
 
 
 def test_the_devices_here_are_measured_and_time_takes_the_file(tmp_path, monkeypatch, capsys):

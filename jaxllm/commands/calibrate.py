@@ -21,6 +21,10 @@ def run(out: str | None, machine: str | None) -> int:
         start.prepare("local", 1)
         from jaxllm import calibrate as measuring
 
+        if machine is not None:
+            import jax
+
+            measuring.check(machine, jax.devices()[0].platform)
         with start.quiet():
             found = measuring.measure(say)
     text = measuring.machine_file(found, machine)

@@ -60,8 +60,9 @@ def reasons(plan: Plan) -> tuple[Reason, ...]:
             if not choice.fits and capacity is not None:
                 found.append(Reason(name, choice.value, f"needs {human(int(choice.least))} at least, of {human(capacity)}"))
             elif name == "tensor" and plan.mesh.target == "gpu" and choice.value > node and np.isfinite(choice.seconds):
+                cost = slower(plan, choice)
                 found.append(
-                    Reason(name, choice.value, f"leaves the node of {node} devices and its links: {slower(plan, choice)} at best")
+                    Reason(name, choice.value, f"leaves the node of {node} devices and its links{'' if cost == 'best' else f': {cost} at best'}")
                 )
     for (name, value), sentence in plan.space.refused.items():
         if value not in tested.get(name, ()) and plan.space.allows(name, value):

@@ -16,13 +16,12 @@ from jaxllm.plan.score import peaks, seconds, symbols
 from jaxllm.plan.space import ROWS, SCHEDULES, ZEROS, Block, Space, along, offload
 from jaxllm.spec.layout import Layout
 from jaxllm.theory.rates import Rates
-from jaxllm.theory.time import interval
+from jaxllm.theory.time import interval, strange, widest
 
 OBJECTIVES = ("time", "memory", "cost")
 PATIENCE = 2.0  # seconds after which it is said how far a search is
 MOST_CHANGES = 6  # of a layout that are looked for
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
-NEAR = 1.6  # layouts up to so many times as slow as the fastest are remembered: the interval is narrower
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Found:
     best     the best that fit, by the objective
     front    those that fit and that none beats in both bytes and seconds, the fastest first
     least    the layout with the least bytes of all, whether it fits or not
-    near     seconds of all that fit and are not much slower than the fastest
+    near     seconds of all that fit and are not slower than the fastest may be by its interval
     choices  (name, value) -> Choice
     closest  the fastest that fits with so many choices other than a layout's
     cloud    (bytes, seconds) of the fastest layout and of the smallest with each row's degrees and microbatches
@@ -106,7 +105,8 @@ def search(
         allowed = block.allowed & ~np.isnan(taken)
         fits = allowed if capacity is None else allowed & (peak <= capacity)
         found.unscored += int(np.count_nonzero(block.allowed)) - int(np.count_nonzero(allowed))
-        grid = _Grid(block, rates, peak, taken, waits, allowed, fits)
+        unlike = np.broadcast_to(strange(s)[..., 0], block.shape)
+        grid = _Grid(block, rates, peak, taken, waits, unlike, allowed, fits)
         _add(found, grid, top, objective)
         if origin is not None:
             _add_closest(found, grid, origin)
@@ -122,13 +122,14 @@ class _Grid:
     peak: np.ndarray
     seconds: np.ndarray
     waits: np.ndarray
+    strange: np.ndarray
     allowed: np.ndarray
     fits: np.ndarray
 
     def at(self, place: int) -> Scored:
         index = np.unravel_index(place, self.peak.shape)
         time, waits = float(self.seconds[index]), float(self.waits[index])
-        return Scored(self.block.layout(index), int(self.peak[index]), time, interval(time, waits, self.rates))
+        return Scored(self.block.layout(index), int(self.peak[index]), time, interval(time, waits, bool(self.strange[index]), self.rates))
 
 
 def _add(found: Found, grid: _Grid, top: int, objective: str) -> None:
@@ -145,8 +146,9 @@ def _add(found: Found, grid: _Grid, top: int, objective: str) -> None:
     _add_choices(found, grid, time, bytes_)
     _add_cloud(found, grid, bytes_)
     fastest = min((each.seconds for each in found.front), default=np.inf)
-    near = time[time <= NEAR * fastest] if np.isfinite(fastest) else np.empty(0)
-    found.near = np.concatenate([found.near[found.near <= NEAR * fastest], near])
+    most = widest(grid.rates) * fastest
+    near = time[time <= most] if np.isfinite(fastest) else np.empty(0)
+    found.near = np.concatenate([found.near[found.near <= most], near])
 
 
 def _add_least(found: Found, grid: _Grid, bytes_: np.ndarray) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from jaxllm.plan import follow
 from jaxllm.plan.cost import Cost
 from jaxllm.plan.plan import Plan
-from jaxllm.plan.reasons import choices, reasons, slower, written
+from jaxllm.plan.reasons import Reason, choices, reasons, slower, written
 from jaxllm.plan.search import Scored
 from jaxllm.report.table import print_fields, print_listing
 from jaxllm.report.units import duration, human, percent
@@ -98,11 +98,12 @@ def _header(plan: Plan) -> list[tuple[str, str]]:
 
 def _rates(plan: Plan) -> str:
     name = plan.mesh.machine.name
+    wider = "wider for what no measured step had, as ZeRO or a fused attention kernel"
     if plan.rates.measured:
-        return f"efficiencies of {name}: {plan.mesh.machine.figures['efficiency.matmul'].source}"
+        return f"efficiencies of {name}: {plan.mesh.machine.figures['efficiency.matmul'].source}; intervals are {wider}"
     return (
-        f"of {name} a data sheet's alone: taken to reach as much of them as {REFERENCE}, which was measured; intervals are "
-        f"{UNSURE:g} times as wide"
+        f"{name} has figures of a data sheet alone, and is taken to reach as much of them as {REFERENCE}, which was measured: "
+        f"intervals are {UNSURE} times as wide, and {wider}"
     )
 
 
@@ -164,9 +165,14 @@ def _print_reasons(plan: Plan, out: Console) -> None:
         # Of one choice several values may be refused alike: the first says why.
         groups = [list(group) for _, group in groupby(found, key=lambda each: (each.name, each.refused or each.sentence))]
         rows = [
-            (f"{group[0].name}={'|'.join(written(each.value) for each in group)}", group[0].sentence) for group in groups
+            (f"{group[0].name}={'|'.join(written(each.value) for each in group)}", _said(group[0])) for group in groups
         ]
-        print_listing(out, ("out", "why"), rows)
+        print_listing(out, ("out, or slower", "why"), rows)
+
+
+def _said(reason: Reason) -> str:
+    """Without what the row says already."""
+    return reason.sentence.removeprefix(f"{reason.name}={reason.value}: ")
 
 
 def _print_next(plan: Plan, out: Console) -> None:

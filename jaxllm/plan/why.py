@@ -10,7 +10,7 @@ from rich.console import Console
 from jaxllm.plan.conditions import SEARCHED, Condition
 from jaxllm.plan.plan import Plan
 from jaxllm.plan.reasons import written
-from jaxllm.plan.search import NEAR, Scored, search
+from jaxllm.plan.search import Scored, search
 from jaxllm.plan.space import Space
 from jaxllm.report.table import print_fields, print_listing
 from jaxllm.report.time import NAMES, ROUNDING
@@ -19,7 +19,7 @@ from jaxllm.spec.errors import SpecError, TargetError
 from jaxllm.spec.layout import Layout
 from jaxllm.spec.validate import validate, validate_target
 from jaxllm.theory.predict import predict
-from jaxllm.theory.time import step_time
+from jaxllm.theory.time import step_time, widest
 
 # What is changed at once: of the degrees one grows as another shrinks, and a pipeline comes with its schedule.
 GROUPS = (
@@ -96,7 +96,7 @@ def explain(plan: Plan, layout: Layout) -> Why:
         return Why(plan, layout, refused=str(error))
     best = _side(plan, plan.best[0].layout) if plan.best else None
     faster = None
-    if best is not None and asked.seconds <= NEAR * plan.found.front[0].seconds:
+    if best is not None and asked.seconds <= widest(plan.rates) * plan.found.front[0].seconds:
         faster = int((plan.found.near < asked.seconds * (1 - 1e-9)).sum())
     return Why(plan, layout, "", asked, best, faster, _changes(plan, layout, asked))
 

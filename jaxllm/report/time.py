@@ -14,7 +14,7 @@ from jaxllm.spec.machine import Mesh
 from jaxllm.spec.model import ModelConfig
 from jaxllm.spec.workload import Workload
 from jaxllm.theory.rates import REFERENCE, UNSURE
-from jaxllm.theory.time import StepTime
+from jaxllm.theory.time import StepTime, strange
 
 NAMES = {
     "products": "matmuls",
@@ -56,12 +56,13 @@ def parts(time: StepTime) -> list[tuple[str, float, float]]:
 def note(timed: Timed) -> str:
     """What the rates stand on."""
     name = timed.mesh.machine.name
+    unlike = "; no measured step had all that this one has, so that the interval is wider" if strange(timed.time.counted[0]) else ""
     if timed.time.rates.measured:
         source = timed.mesh.machine.figures["efficiency.matmul"].source
-        return f"efficiencies and latencies of {name}: {source}"
+        return f"efficiencies and latencies of {name}: {source}{unlike}"
     return (
         f"{name} has figures of a data sheet alone: it is taken to reach as much of them as {REFERENCE}, where that was "
-        f"measured, and the interval is {UNSURE:g} times as wide"
+        f"measured, and the interval is {UNSURE} times as wide{unlike}"
     )
 
 

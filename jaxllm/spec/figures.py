@@ -6,6 +6,7 @@ is not written down but listed under [absent] with the reason. So is `compiler`,
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ _UNITS: dict[str, dict[str, float]] = {
 class _Kind:
     """What a figure measures, for which targets a file must speak of it, and where it may say `absent`."""
 
-    measure: str  # a key of _UNITS, or "count", "share", "shapes", "curve"
+    measure: str  # a key of _UNITS, or "count", "share", "width", "shapes", "curve"
     needed: tuple[str, ...] = ()
     may_be_absent: tuple[str, ...] = TARGETS
     targets: tuple[str, ...] = TARGETS
@@ -72,8 +73,8 @@ FIGURES = {
     "latency.block": _Kind("seconds"),
     "latency.issue": _Kind("seconds"),
     "latency.step": _Kind("seconds"),
-    "interval.least": _Kind("share"),
-    "interval.tensor": _Kind("share"),
+    "interval.least": _Kind("width"),
+    "interval.tensor": _Kind("width"),
     # Slices that exist: the listed shapes, and with `cube` all shapes of multiples of it in non-decreasing order.
     "torus.slices": _Kind("shapes", ("tpu",), may_be_absent=(), targets=("tpu",)),
     "torus.cube": _Kind("count", targets=("tpu",)),
@@ -83,6 +84,7 @@ FIGURES = {
 }
 
 MEASURED = ("efficiency", "latency", "interval")
+WIDEST = 5  # of half an interval, as a logarithm
 
 # What a compiler has to be told of a device that is not there.
 _COMPILER: dict[str, dict[str, type]] = {
@@ -234,6 +236,8 @@ def _read_figure(where: str, name: str, kind: _Kind, entry: Any) -> Figure:
         raise SpecError(f"{where}: value={value!r} is not a whole number.")
     if kind.measure == "share" and value > 1:
         raise SpecError(f"{where}: value={value!r} is not a fraction; it lies above 0 and up to 1.")
+    if kind.measure == "width" and value > WIDEST:
+        raise SpecError(f"{where}: value={value!r} is above {WIDEST}, a factor of {math.exp(WIDEST):.0f} either way; nothing is known then.")
     if not units:
         return Figure(name, value, f"{value:,}", source)
     unit = entry.get("unit")

@@ -302,7 +302,7 @@ def _check_cpu(machine: Machine, shape: tuple[int, ...], text: str) -> None:
     if len(shape) != 1:
         raise SpecError(f"mesh: {text!r} gives a shape, but emulated devices are only counted; write cpu:8.")
     if shape[0] > limit:
-        raise SpecError(f"mesh: {text!r} asks for {shape[0]} emulated devices; the limit of one process is {limit}; take fewer.")
+        raise SpecError(f"mesh: {text!r} asks for {shape[0]} emulated devices, and {machine.name} has up to {limit:,} (node.devices); take fewer.")
 
 
 def _check_gpu(machine: Machine, shape: tuple[int, ...], text: str) -> None:

@@ -20,7 +20,7 @@ from jaxllm.theory.symbols import Symbols, remembered
 
 REFERENCE = "a100-80"  # whose figures are fitted on measurements (experiments/fit_a100.py)
 RINGS = ("all-gather", "reduce-scatter", "all-reduce")
-UNSURE = 2.0  # how many times as wide the interval is of a machine that nobody measured
+UNSURE = 2  # how many times as wide the interval is of a machine that nobody measured, or of a step unlike the measured ones
 
 # Tiles of a card's kernels and their speed relative to the largest: what a tile loads grows with its edges, what it
 # multiplies with its area. XLA:TPU lays arrays out in tiles of 8 x 128, and pads to that.
@@ -49,10 +49,10 @@ class Rates:
     kernel            seconds that a kernel takes at least
     block, issue      seconds in which the host launches the forward pass of a block, and a collective
     step              seconds of a step that grow with nothing
-    least, tensor     half the interval's width, as a share: at least, and for each share of the step that waits for
-                      collectives over tensor or for the host
+    least, tensor     half the interval's width on a machine that was measured, as a logarithm: at least, and for each share of
+                      the step that waits for collectives over tensor or for the host
     measured          whether all of that was measured on this machine
-    curve             shares that products reached, by their shape; None where nobody measured them
+    curve             shares that products of the workload's dtype reached, by their shape; None where nobody measured them
     """
 
     peak: float
@@ -106,7 +106,7 @@ class Rates:
                     f"mesh {mesh}: {machine.name} has no figure links.{name}, over which its devices would send; take one "
                     "device, or give a file with that figure."
                 )
-        width = 1 if own else UNSURE
+        curve = machine.value("curve.matmul")
         return cls(
             peak=float(peak),
             narrow=float(max(peak, machine.peak_flops.get("fp8", 0))),
@@ -126,10 +126,10 @@ class Rates:
             block=seconds("block"),
             issue=seconds("issue"),
             step=seconds("step"),
-            least=width * known.value("interval.least"),
-            tensor=width * known.value("interval.tensor"),
+            least=known.value("interval.least"),
+            tensor=known.value("interval.tensor"),
             measured=own,
-            curve=machine.value("curve.matmul"),
+            curve=curve if curve is not None and curve.dtype == dtype else None,
         )
 
     def seconds(self, s: Symbols, kind: str, axes: tuple[str, ...], wire: Any, launches: Any) -> Any:

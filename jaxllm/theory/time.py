@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, reduce
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from jaxllm.schedules.simulation import Simulation, simulate
 from jaxllm.schedules.table import Cell
 from jaxllm.schedules.times import Times
 from jaxllm.spec.errors import SpecError
+from jaxllm.spec.figures import Curve
 from jaxllm.spec.layout import ZERO_AXES, Layout
 from jaxllm.spec.ledger import DTYPE_BYTES, Line
 from jaxllm.spec.machine import Mesh
@@ -36,7 +38,7 @@ from jaxllm.theory import collectives, flops, fp8, state, transfers, update
 from jaxllm.theory.partition import stages_of
 from jaxllm.theory.predict import PLAIN_AUTODIFF
 from jaxllm.theory.products import products
-from jaxllm.theory.rates import Rates
+from jaxllm.theory.rates import UNSURE, Rates
 from jaxllm.theory.stages import Stages
 from jaxllm.theory.state import add
 from jaxllm.theory.symbols import Symbols
@@ -179,7 +181,7 @@ class StepTime:
     @property
     def interval(self) -> tuple[Any, Any]:
         """Between which seconds four of five steps lie."""
-        return interval(self.seconds, self.waits, self.rates)
+        return interval(self.seconds, self.waits, strange(self.counted[0]), self.rates)
 
     @property
     def mfu(self) -> Any:
@@ -193,10 +195,23 @@ class StepTime:
         return self.hardware_flops / self.seconds / self.rates.peak
 
 
-def interval(seconds: Any, waits: Any, r: Rates) -> tuple[Any, Any]:
-    """Between which seconds four of five steps lie that are reckoned to take so many, of which so many wait."""
-    width = 1 + r.least + r.tensor * (waits / seconds)
+def interval(seconds: Any, waits: Any, strange: Any, r: Rates) -> tuple[Any, Any]:
+    """Between which seconds four of five steps lie that are reckoned to take so many, of which so many wait: as much wider, in
+    logarithms, for a machine that nobody measured as it is anyway, and once more for a strange step."""
+    width = np.exp((r.least + r.tensor * (waits / seconds)) * (UNSURE - r.measured + strange * (UNSURE - 1)))
     return seconds / width, seconds * width
+
+
+def widest(r: Rates) -> float:
+    """How many times its seconds the upper end of a step's interval can be."""
+    return float(interval(1.0, 1.0, True, r)[1])
+
+
+def strange(s: Symbols) -> Any:
+    """Whether a step has what no measured one had (docs/time.md): ZeRO, attention without its scores in memory, context
+    parallelism, offload, or products in 8 bits."""
+    away = [s.h > 0, s.hp > 0, *(flag > 0 for flag in s.away)]
+    return reduce(operator.or_, [(s.z > 0) & (s.n * s.x > 1), s.x > 1, s.w > 0, s.f > 0, *away, s.fp8 > 0])
 
 
 def step_time(model: ModelConfig, layout: Layout, mesh: Mesh, workload: Workload) -> StepTime:
@@ -429,7 +444,8 @@ def product(
     """Seconds of `many` products of (rows x inner) by (inner x columns) at once, with elements of `size` bytes: the waves in
     which their tiles go through the cores, at `speed` times the rate, or their bytes through memory, but for `spared` elements
     that a kernel keeps to itself. On a machine whose products were measured by shape, as much more or less than their waves as
-    those of about this shape took, their bytes included; but for what is added to, which was not measured."""
+    those of about this shape took, their bytes included; but for what is added to, and for sizes beyond the measured
+    ones."""
     deep = -(-inner // r.deep) * r.deep + r.fill
     filled: Any = math.inf  # elements of the output, with what is left empty of tiles and waves
     for tall, wide, relative in r.tiles:
@@ -437,10 +453,18 @@ def product(
             tiles = many * -(-rows // height) * -(-columns // width)
             filled = np.minimum(filled, -(-tiles // r.cores) * (r.cores * height * width / relative))
     waves = 2.0 * filled * deep / (r.peak * r.matmul * speed)
-    if r.curve is not None:
-        return np.maximum(waves * _beside(r, rows * many, inner, columns), -spared * (size / r.memory)) + r.kernel
     moved = (many * (rows * inner + inner * columns + rows * columns) - spared) * (size / r.memory)
-    return np.maximum(waves, moved) + r.kernel
+    if r.curve is None:
+        return np.maximum(waves, moved) + r.kernel
+    waves = waves * _beside(r, rows * many, inner, columns)
+    within = _within(r.curve, rows * many, inner, columns)
+    return np.maximum(waves, np.where(within, -spared * (size / r.memory), moved)) + r.kernel
+
+
+def _within(curve: Curve, *shape: Any) -> Any:
+    """Whether a shape lies among those that were measured, whose bytes are in what they took."""
+    least, most = curve.sizes[0], curve.sizes[-1]
+    return reduce(operator.and_, ((size >= least) & (size <= most) for size in shape))
 
 
 def _beside(r: Rates, *shape: Any) -> Any:

@@ -264,7 +264,7 @@ def test_emulated_devices_have_no_limit_and_no_speed():
         ("h100:2x2x2", "3 axes"),
         ("gb200:100", "write gb200:72 or gb200:144"),
         ("cpu:2x4", "only counted"),
-        ("cpu:2049", "limit of one process is 2048"),
+        ("cpu:2049", "asks for 2049 emulated devices, and cpu has up to 2,048 (node.devices); take fewer."),
         ("v5e:8", "2 axes here; write 2x4"),
         ("v5e:2x2x2", "2 axes here; write 2x4"),
         ("v5e:3x3", "no slice that exists"),
