@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
+from importlib.metadata import version
 
 import pytest
 
@@ -49,10 +50,10 @@ def test_every_line_of_the_cell_is_equal(cell: grid.Cell) -> None:
     result = grid.run(cell, steps=bool(cell.schedule), short=True)
     assert result["bad"] == []
     assert result["unexplained"] == []
-    # What the compiler emitted multiplies as much as the lines say, but for one that has a note: in a pipeline XLA:CPU takes
-    # the scores of a single block for those of the forward pass, behind the pass that removes fences.
+    # What the compiler emitted multiplies as much as the lines say, but for one that has a note: in a pipeline XLA:CPU of jax
+    # 0.10 takes the scores of a single block for those of the forward pass, behind the pass that removes fences.
     merged = cell.mesh == "cpu:8" and bool(cell.schedule) and "attention=blockwise" in cell.option and cell.remat == "full"
-    assert bool(result["matmuls"]) is merged
+    assert bool(result["matmuls"]) is (merged and version("jaxlib").startswith("0.10."))
     assert result["lines"] >= 9
     if cell.schedule and cell.mesh == "cpu:8":  # and the run equals the unsharded reference
         assert result["agrees"]
