@@ -10,7 +10,7 @@ from typing import Any
 from jaxllm.spec.errors import SpecError
 
 
-MOST = 10**9
+MOST, SMALLEST = 10**9, 1e-9
 
 
 def count(option: str, text: str | None, default: Any, *, least: int = 1, word: str = "") -> Any:
@@ -26,13 +26,13 @@ def count(option: str, text: str | None, default: Any, *, least: int = 1, word: 
 
 
 def number(option: str, text: str, *, most: float, example: str) -> float:
-    """A number above 0, up to `most`. Raises SpecError."""
+    """A number from SMALLEST up to `most`. Raises SpecError."""
     try:
         value = float(text) if text.isascii() else -1.0
     except ValueError:
         value = -1.0
-    if not 0 < value <= most:
-        raise SpecError(f"{option} {text!r} is no number above 0 and up to {most:,g}; write it like {option} {example}.")
+    if not SMALLEST <= value <= most:
+        raise SpecError(f"{option} {text!r} is no number above 0, from {SMALLEST:g} up to {most:,g}; write it like {option} {example}.")
     return value
 
 

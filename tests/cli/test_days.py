@@ -46,7 +46,7 @@ BAD = {
     "no tokens": (["--tokens", "0"], "--tokens '0' is no number above 0"),
     "tokens in words": (["--tokens", "many"], "--tokens 'many'"),
     "no number": (["--tokens", "nan"], "--tokens 'nan'"),
-    "more than the peak": (["--mfu", "1.01"], "--mfu '1.01' is no number above 0 and up to 1"),
+    "more than the peak": (["--mfu", "1.01"], "--mfu '1.01' is no number above 0, from 1e-09 up to 1;"),
     "in percent": (["--mfu", "45"], "--mfu '45'"),
     "nothing reached": (["--mfu", "0"], "--mfu '0'"),
     "no peak": (["--mesh", "cpu:8"], "states no peak rate"),

@@ -107,6 +107,7 @@ BAD = {
     "what contradicts by bounds": ({"--fix": "zero>=2,zero<=1"}, (), "exclude each other"),
     "what cannot be together": ({"--fix": "pipe=8,tensor=8"}, (), "beside tensor=8"),
     "what is searched by nobody": ({"--fix": "speed=4"}, (), "nothing that a plan searches"),
+    "a price too small to divide by": ({"--price": "1e-320"}, (), "is no number above 0, from 1e-09 up to 1e+06"),
     "a price of nothing": ({"--price": "0"}, (), "write it like --price 2.5"),
     "a price below": ({"--price": "-1"}, (), "write it like --price 2.5"),
     "cost without price": ({"--objective": "cost"}, (), "add --price"),
