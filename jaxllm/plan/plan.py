@@ -129,7 +129,7 @@ def _nothing(space: Space) -> str:
         others = tuple(other for other in space.conditions if other != condition)
         if _any(replace(space, conditions=others)):
             beside = ",".join(map(str, others))
-            return f"--fix {condition} leaves no layout of {where} beside {beside}; leave one of them out."
+            return f"--fix {condition} leaves no layout of {where} beside {beside}; leave {condition} out."
     conditions = ",".join(map(str, space.conditions))
     return f"--fix {conditions} together leave no layout of {where}; leave some of them out."
 
