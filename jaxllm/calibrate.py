@@ -9,6 +9,7 @@ of theory/rates.py, fitted by the formulas with which the time of a step is reck
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -34,6 +35,7 @@ from jaxllm.theory.time import of_symbols, product
 Say = Callable[[str], None]
 
 SECONDS = 0.05  # that a measurement takes, as often as it repeats
+TOGETHER = 8  # rounds in a turn of a loop: a card asks its host after each turn whether there is another
 TRIES = 3  # of which the shortest counts: all else is somebody else's work
 # Rows, inner dim, columns: all of them together. Of a CPU the smaller ones, which take as long there.
 SIZES = (128, 512, 2048, 8192)
@@ -95,7 +97,7 @@ def measure(say: Say) -> Found:
     between = {shape: multiplied(shape) for shape in cube(halfway(sizes))}
     say("memory")
     array = jnp.ones((MEMORY // (4 if cpu else 1)) // 4, jnp.float32)
-    through = _each(lambda x: x * 1.0001 + 1e-3, array)
+    through = _each(lambda x: x * 1.0001 + 1e-3, array, 1)  # several would become one pass
     say("kernels and steps")
     tiny = jnp.ones((8, 128), jnp.float32)
     kernel = _each(lambda x: jnp.sin(jax.lax.optimization_barrier(x)), tiny)
@@ -164,16 +166,17 @@ def step_seconds(model: ModelConfig, layout: Layout, workload: Workload, device:
     return min(found[1:])
 
 
-def _each(round_: Callable[[Any], Any], x: Any) -> float:
-    """Seconds of a round, of as many in one program as take SECONDS."""
+def _each(round_: Callable[[Any], Any], x: Any, together: int = TOGETHER) -> float:
+    """Seconds of a round, of as many in one program as take SECONDS, so many in a turn of its loop."""
     import jax
 
-    rounds = jax.jit(lambda x, times: jax.lax.fori_loop(0, times, lambda _, x: round_(x), x))
+    several = lambda _, x: functools.reduce(lambda x, _: round_(x), range(together), x)  # noqa: E731
+    rounds = jax.jit(lambda x, times: jax.lax.fori_loop(0, times, several, x))
     times = 1
     while True:
         seconds = _call(rounds, x, times)
         if seconds > SECONDS or times >= 2**20:
-            return seconds / times
+            return seconds / times / together
         times *= max(2, min(64, math.ceil(1.5 * SECONDS / max(seconds, 1e-6))))
 
 
