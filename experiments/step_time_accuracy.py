@@ -28,6 +28,7 @@ SUMMARY = {
     "source": "source", "rows": "rows", "mean": "mean error", "median": "median", "plain": "of jaxllm time",
     "constant": "best constant", "covered": "within the interval", "width": "its width, median",
 }  # fmt: skip
+WIDTHS = {"rows": "rows", "count": "count", "ratio": "width over error, medians", "range": "80 % of draws"}
 
 
 def row(step: published.Step) -> dict[str, Any]:
@@ -71,6 +72,23 @@ def summary(rows: Sequence[common.Row]) -> list[dict[str, Any]]:
             "constant": f"{best_constant(mine):.1%}",
             "covered": f"{covered:.0%}", "width": f"{width:.0%}",
         })  # fmt: skip
+    return found
+
+
+def widths(rows: Sequence[common.Row]) -> list[dict[str, Any]]:
+    """The interval's median width over the median error: of the rows that it is read off, of the others, and of all. `range` is
+    where that lies in 80 of 100 draws of as many rows (bootstrap)."""
+
+    def ratio(mine: Sequence[common.Row]) -> float:
+        wide = [(each["high"] - each["low"]) / each["predicted"] for each in mine]
+        return float(np.median(wide) / np.median(np.abs(errors(mine))))
+
+    found, drawn = [], np.random.default_rng(0)
+    for what, held in (("calibration", {1}), ("the others", {0}), ("all", {0, 1})):
+        mine = [each for each in rows if each["calibration"] in held]
+        draws = [ratio([mine[place] for place in drawn.integers(0, len(mine), len(mine))]) for _ in range(1000)]
+        low, high = np.quantile(draws, (0.1, 0.9))
+        found.append({"rows": what, "count": len(mine), "ratio": f"{ratio(mine):.1f}", "range": f"{low:.1f} to {high:.1f}"})
     return found
 
 
@@ -125,6 +143,8 @@ def main() -> int:
     )
     print()
     common.show(summary(rows), SUMMARY)
+    print()
+    common.show(widths(rows), WIDTHS)
     problems = wrong(rows)
     for problem in problems:
         print(problem)

@@ -40,6 +40,15 @@ def test_intervals_hold_what_they_say():
     assert 11 <= sum(held for held, mine in zip(inside, calibration, strict=True) if not mine) <= 18
 
 
+def test_the_interval_is_as_wide_as_a_normal_law_would_have_it():
+    """2 x 1.28 over 0.67 is 3.8; read off the calibration rows, so of those."""
+    calibration, others, whole = experiment.widths(TABLE)
+    assert 3.5 < float(calibration["ratio"]) < 4.1 and float(whole["ratio"]) <= 4.0
+    assert (calibration["count"], others["count"], whole["count"]) == (190, 18, 208)
+    narrow = [dict(row) | {"low": row["predicted"], "high": 1.05 * row["predicted"]} for row in TABLE]
+    assert all(float(row["ratio"]) < 1.3 for row in experiment.widths(narrow))
+
+
 def test_published_rows_are_of_their_sources():
     found = published.by_source(STEPS)
     assert {source: len(rows) for source, rows in found.items()} == {
