@@ -22,7 +22,7 @@ from experiments import common
 from jaxllm import Layout, ModelConfig, Workload, calibrate, step_time
 from jaxllm.spec.machine import Mesh
 from jaxllm.theory.rates import Rates
-from jaxllm.theory.time import product
+from jaxllm.theory.matmul import product
 
 COLUMNS = {
     "step": "step", "width": "width", "layers": "layers", "tokens": "tokens", "layout": "layout", "optimizer": "optimizer",

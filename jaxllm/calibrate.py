@@ -30,7 +30,8 @@ from jaxllm.spec.model import ModelConfig
 from jaxllm.spec.workload import Workload
 from jaxllm.theory.rates import REFERENCE, Rates, tiling
 from jaxllm.theory.symbols import Symbols
-from jaxllm.theory.time import of_symbols, product
+from jaxllm.theory.matmul import product
+from jaxllm.theory.time import of_symbols
 
 Say = Callable[[str], None]
 

@@ -31,6 +31,17 @@ DUMP = "jaxllm-"  # what the folder of a compilation begins with, and the number
 
 Work = Callable[[], int]
 
+# What several commands are given.
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A preset, or the path of a config.json.")]
+Tokens = Annotated[str | None, typer.Option(metavar="T", help="Tokens per sequence. Default: the model's, up to 4,096.")]
+GradientDtype = Annotated[str | None, typer.Option(metavar="f32|bf16", help="Gradients are reduced in it. Default: the precision's.")]
+OptimizerName = Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(OPTIMIZERS)}.")]
+Degrees = Annotated[str, typer.Option(metavar="LAYOUT", help="Degrees and choices, as data=4,tensor=2,zero=3.")]
+PrecisionName = Annotated[str, typer.Option(metavar="P", help=f"One of {', '.join(PRECISIONS)}.")]
+PrecisionOfTarget = Annotated[str | None, typer.Option(metavar="P", help=f"One of {', '.join(PRECISIONS)}. Default: f32 on cpu, else bf16-f32.")]
+MeshText = Annotated[str, typer.Option(metavar="MESH", help="machine:size, as a100-80:64, h100:2048x8, v5p:4x4x4.")]
+
 app = typer.Typer(
     name="jaxllm",
     help="Closed forms of sharded training beside what XLA really compiles, line by line.",
@@ -151,22 +162,18 @@ def _options(
 
 @app.command()
 def check(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, or the path of a config.json.")],
+    model: Model,
     mesh: Annotated[str, typer.Option(metavar="MESH", help="machine:size, as cpu:8, h100:2048x8, v5p:4x4x4.")],
-    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="Degrees and choices, as data=4,tensor=2,zero=3.")],
+    layout: Degrees,
     batch: Annotated[
         str | None, typer.Option(metavar="B|max", help="Sequences per step. Default: one per device and microbatch.")
     ] = None,
     seq: Annotated[
         str | None, typer.Option(metavar="T|max", help="Tokens per sequence. Default: the model's, up to 4,096.")
     ] = None,
-    precision: Annotated[
-        str | None, typer.Option(metavar="P", help=f"One of {', '.join(PRECISIONS)}. Default: f32 on cpu, else bf16-f32.")
-    ] = None,
-    optimizer: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(OPTIMIZERS)}.")] = "adamw",
-    gradient_dtype: Annotated[
-        str | None, typer.Option(metavar="f32|bf16", help="Gradients are reduced in it. Default: the precision's.")
-    ] = None,
+    precision: PrecisionOfTarget = None,
+    optimizer: OptimizerName = "adamw",
+    gradient_dtype: GradientDtype = None,
     target: Annotated[
         str | None, typer.Option(metavar="cpu|gpu|tpu|local", help="The compiler. Default: the machine's.")
     ] = None,
@@ -176,7 +183,7 @@ def check(
         str | None, typer.Option(metavar="layer|module", help="What each part of the model holds, computes and sends.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="What is not comparable counts as a difference.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw it, as .png, .svg or .pdf.")] = None,
     bundle: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write all that a report of a disagreement needs into a new folder.")
@@ -193,7 +200,7 @@ def check(
 @app.command()
 def train(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, or the path of a config.json.")],
+    model: Model,
     mesh: Annotated[str, typer.Option(metavar="MESH", help="machine:size, as cpu:8; of other machines the devices here.")],
     layout: Annotated[str, typer.Option(metavar="LAYOUT", help="Degrees and choices, as data=2,tensor=4,zero=3.")],
     text: Annotated[str | None, typer.Option(metavar="FILE", help="What to train on. Its last tenth is held out.")] = None,
@@ -207,9 +214,7 @@ def train(
     batch: Annotated[
         str | None, typer.Option(metavar="B", help="Sequences per step. Default: 8, or the next number that divides.")
     ] = None,
-    seq: Annotated[
-        str | None, typer.Option(metavar="T", help="Tokens per sequence. Default: the model's, up to 4,096.")
-    ] = None,
+    seq: Tokens = None,
     optimizer: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"One of {', '.join(OPTIMIZERS)}. Default: adamw.")
     ] = None,
@@ -220,12 +225,8 @@ def train(
         str | None, typer.Option(metavar="N", help="Steps until it is reached; 0: it is constant. Default: 20.")
     ] = None,
     seed: Annotated[str | None, typer.Option(metavar="S", help="Of parameters and batches. Default: 0.")] = None,
-    precision: Annotated[
-        str | None, typer.Option(metavar="P", help=f"One of {', '.join(PRECISIONS)}. Default: f32 on cpu, else bf16-f32.")
-    ] = None,
-    gradient_dtype: Annotated[
-        str | None, typer.Option(metavar="f32|bf16", help="Gradients are reduced in it. Default: the precision's.")
-    ] = None,
+    precision: PrecisionOfTarget = None,
+    gradient_dtype: GradientDtype = None,
     eval_every: Annotated[
         str | None, typer.Option(metavar="N", help="Steps between evaluations of the held-out text. Default: 50.")
     ] = None,
@@ -263,7 +264,7 @@ def inspect(
     against: Annotated[
         str | None, typer.Option(metavar="FILE", help="A second program: print what changes from the first to it.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
     plot: Annotated[
         str | None, typer.Option(metavar="FILE", help="Draw the memory over the schedule, as .png, .svg or .pdf.")
     ] = None,
@@ -289,7 +290,7 @@ def schedule(
         str | None,
         typer.Option(metavar="TIMES", help="Of a microbatch on a stage, as f=1,b=1,w=1,comm=0.05. Default: 1, comm 0."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
     png: Annotated[
         str | None, typer.Option(metavar="FILE", help="Draw it over time, as .png, .svg or .pdf.")
     ] = None,
@@ -305,17 +306,13 @@ def schedule(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, or the path of a config.json.")],
-    mesh: Annotated[str, typer.Option(metavar="MESH", help="machine:size, as a100-80:64, h100:2048x8, v5p:4x4x4.")],
+    model: Model,
+    mesh: MeshText,
     batch: Annotated[str, typer.Option(metavar="B", help="Sequences per step.")],
-    seq: Annotated[
-        str | None, typer.Option(metavar="T", help="Tokens per sequence. Default: the model's, up to 4,096.")
-    ] = None,
-    precision: Annotated[str, typer.Option(metavar="P", help=f"One of {', '.join(PRECISIONS)}.")] = "bf16-f32",
-    optimizer: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(OPTIMIZERS)}.")] = "adamw",
-    gradient_dtype: Annotated[
-        str | None, typer.Option(metavar="f32|bf16", help="Gradients are reduced in it. Default: the precision's.")
-    ] = None,
+    seq: Tokens = None,
+    precision: PrecisionName = "bf16-f32",
+    optimizer: OptimizerName = "adamw",
+    gradient_dtype: GradientDtype = None,
     fix: Annotated[
         str | None, typer.Option(metavar="CONDITIONS", help="What a layout must have, as tensor=4,zero=1|3,pipe<=8.")
     ] = None,
@@ -324,7 +321,7 @@ def plan(
     top: Annotated[str | None, typer.Option(metavar="N", help="How many are listed. Default: 10.")] = None,
     why: Annotated[str | None, typer.Option(metavar="LAYOUT", help="Why this one is out, or slower than the best.")] = None,
     verify: Annotated[str | None, typer.Option(metavar="N", help="Compile the first N, and show what changes.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
     plot: Annotated[
         str | None, typer.Option(metavar="FILE", help="Draw time against memory, as .png, .svg or .pdf.")
     ] = None,
@@ -339,27 +336,23 @@ def plan(
 
 @app.command()
 def time(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, or the path of a config.json.")],
-    mesh: Annotated[str, typer.Option(metavar="MESH", help="machine:size, as a100-80:64, h100:2048x8, v5p:4x4x4.")],
-    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="Degrees and choices, as data=4,tensor=2,zero=3.")],
+    model: Model,
+    mesh: MeshText,
+    layout: Degrees,
     batch: Annotated[
         str | None, typer.Option(metavar="B", help="Sequences per step. Default: one per device and microbatch.")
     ] = None,
-    seq: Annotated[
-        str | None, typer.Option(metavar="T", help="Tokens per sequence. Default: the model's, up to 4,096.")
-    ] = None,
-    precision: Annotated[str, typer.Option(metavar="P", help=f"One of {', '.join(PRECISIONS)}.")] = "bf16-f32",
-    optimizer: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(OPTIMIZERS)}.")] = "adamw",
-    gradient_dtype: Annotated[
-        str | None, typer.Option(metavar="f32|bf16", help="Gradients are reduced in it. Default: the precision's.")
-    ] = None,
+    seq: Tokens = None,
+    precision: PrecisionName = "bf16-f32",
+    optimizer: OptimizerName = "adamw",
+    gradient_dtype: GradientDtype = None,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Compile the step, play the program on the machine, and say where it differs.")
     ] = False,
     trace: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the step as a trace for ui.perfetto.dev, as .json.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> Work:
     """How long one training step takes, where the time goes, and how sure that is."""
     return _work(
@@ -370,15 +363,13 @@ def time(
 
 @app.command()
 def days(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, or the path of a config.json.")],
+    model: Model,
     tokens: Annotated[str, typer.Option(metavar="N", help="Tokens to train on, as 2e12.")],
     mesh: Annotated[str, typer.Option(metavar="MESH", help="machine:size, as a100-80:1024.")],
     mfu: Annotated[str, typer.Option(metavar="U", help="Share of the peak that is reached, recomputation included, as 0.45.")],
     remat: Annotated[str, typer.Option(metavar="none|selective|full", help="What is computed again.")] = "none",
-    seq: Annotated[
-        str | None, typer.Option(metavar="T", help="Tokens per sequence. Default: the model's, up to 4,096.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    seq: Tokens = None,
+    as_json: Json = False,
 ) -> Work:
     """Days of training by the rules of thumb, and from the exact count of FLOPs."""
     return _work("jaxllm.commands.days", model, tokens, mesh, mfu, remat=remat, seq=seq, as_json=as_json)
@@ -386,13 +377,11 @@ def days(
 
 @app.command()
 def shapes(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, or the path of a config.json.")],
+    model: Model,
     batch: Annotated[str, typer.Option(metavar="B", help="Sequences.")] = "1",
-    seq: Annotated[
-        str | None, typer.Option(metavar="T", help="Tokens per sequence. Default: the model's, up to 4,096.")
-    ] = None,
+    seq: Tokens = None,
     dtype: Annotated[str, typer.Option(metavar="D", help="bf16, f32, f16 or f8e4m3fn.")] = "bf16",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> Work:
     """Walk through a forward pass: weights and activations of each module, and the cache of keys and values."""
     return _work("jaxllm.commands.shapes", model, batch, seq, dtype, as_json)
@@ -412,7 +401,7 @@ def calibrate(
 @app.command()
 def models(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A preset, or a config.json.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> Work:
     """List the models that are known, or every figure of one."""
     return _work("jaxllm.commands.models", model, as_json)
@@ -421,7 +410,7 @@ def models(
 @app.command()
 def meshes(
     machine: Annotated[str | None, typer.Argument(metavar="[MACHINE]", help="A name, or a TOML file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> Work:
     """List the machines that are known, or every figure of one."""
     return _work("jaxllm.commands.meshes", machine, as_json)

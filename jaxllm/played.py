@@ -16,7 +16,8 @@ from jaxllm.report.played import BUBBLE, HOST, OTHER, Played, PlayedOperation, S
 from jaxllm.spec.errors import DoesNotFit
 from jaxllm.theory.rates import Rates
 from jaxllm.theory.symbols import Symbols
-from jaxllm.theory.time import StepTime, product, step_time
+from jaxllm.theory.matmul import product
+from jaxllm.theory.time import StepTime, step_time
 
 if TYPE_CHECKING:
     from jaxllm.hlo.graph import Module

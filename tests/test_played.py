@@ -17,7 +17,8 @@ from jaxllm.played import Device, play, together
 from jaxllm.report.played import MEET, document, largest, print_played
 from jaxllm.spec.errors import TargetError
 from jaxllm.theory.symbols import Symbols
-from jaxllm.theory.time import product, step_time
+from jaxllm.theory.matmul import product
+from jaxllm.theory.time import step_time
 from tests.report.test_inspection_trace import check_format
 
 NOUNS = (

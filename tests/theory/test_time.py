@@ -16,7 +16,8 @@ from jaxllm.spec.errors import SpecError
 from jaxllm.theory import collectives
 from jaxllm.theory.rates import Rates, _of_torus
 from jaxllm.theory.symbols import Symbols, stacked
-from jaxllm.theory.time import STREAM, block, bubble, cells_of, of_symbols, product, step_time
+from jaxllm.theory.matmul import product
+from jaxllm.theory.time import STREAM, block, bubble, cells_of, of_symbols, step_time
 from jaxllm.theory.training import flops_per_token
 
 MODEL = ModelConfig.load("llama-2-7b")
